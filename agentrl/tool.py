@@ -1,0 +1,217 @@
+"""Tools: Python methods that a policy may call.
+
+`@tool` marks a method of an `Env` or a `Toolkit`. Its JSON schema comes from the signature and the
+docstring through pydantic; arguments are validated before the method runs, and a bad call becomes
+an observation from which the policy can learn. A tool's cost (per call, per second, per token) is a
+quantity: it is carried through the record, the reward and the metrics.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Self, TypeVar, overload
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+
+from agentrl.errors import ToolError, UsageError
+
+F = TypeVar("F", bound=Callable[..., Any])
+_MARK = "__agentrl_tool__"
+_LOCAL = re.compile(r"^(\s*)(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolOptions:
+    """What `@tool(...)` declares. Costs are in the user's own unit; `timeout` in seconds; `max_chars`
+    caps the observation."""
+
+    name: str | None = None
+    cost: float = 0.0
+    cost_per_second: float = 0.0
+    cost_per_token: float = 0.0
+    timeout: float = 30.0
+    parallel: bool = False
+    max_chars: int = 16_384
+
+
+@overload
+def tool(method: F, /) -> F: ...
+@overload
+def tool(
+    *,
+    name: str | None = None,
+    cost: float = 0.0,
+    cost_per_second: float = 0.0,
+    cost_per_token: float = 0.0,
+    timeout: float = 30.0,
+    parallel: bool = False,
+    max_chars: int = 16_384,
+) -> Callable[[F], F]: ...
+def tool(method: F | None = None, /, **options: Any) -> F | Callable[[F], F]:
+    """Mark a method (sync or async) as a tool the policy may call."""
+    declared = ToolOptions(**options)
+    if declared.timeout <= 0:
+        raise UsageError(f"@tool(timeout={declared.timeout}) must be above 0 seconds")
+
+    def mark(function: F) -> F:
+        setattr(function, _MARK, declared)
+        return function
+
+    return mark(method) if method is not None else mark
+
+
+class Tool:
+    """A bound-late tool: its schema, how to check arguments, and how to call it on an instance."""
+
+    def __init__(self, function: Callable[..., Any], options: ToolOptions) -> None:
+        self.function = function
+        self.options = options
+        self.name = options.name or function.__name__
+        if not re.fullmatch(r"[A-Za-z_][\w.-]*", self.name):
+            raise UsageError(f"tool name {self.name!r} must start with a letter and hold letters, digits, _ . - only")
+        self.is_async = inspect.iscoroutinefunction(function)
+
+    def __repr__(self) -> str:
+        return f"Tool({self.name})"
+
+    @cached_property
+    def _doc(self) -> tuple[str, dict[str, str]]:
+        return split_docstring(inspect.getdoc(self.function) or "")
+
+    @property
+    def description(self) -> str:
+        return self._doc[0]
+
+    @cached_property
+    def arguments(self) -> type[BaseModel]:
+        """The pydantic model of the arguments; unknown arguments are refused."""
+        signature = inspect.signature(self.function)
+        try:
+            hints = typing.get_type_hints(self.function, include_extras=True)
+        except NameError as error:
+            raise UsageError(
+                f"tool {self.name!r}: annotation {error.name!r} cannot be resolved; import it at module level"
+            ) from error
+        fields: dict[str, Any] = {}
+        for parameter in list(signature.parameters.values())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+                raise UsageError(
+                    f"tool {self.name!r}: parameter {parameter.name!r} must be an ordinary named parameter"
+                )
+            if parameter.name not in hints:
+                raise UsageError(
+                    f"tool {self.name!r}: annotate parameter {parameter.name!r}, the schema is made from it"
+                )
+            default = ... if parameter.default is parameter.empty else parameter.default
+            described = self._doc[1].get(parameter.name)
+            fields[parameter.name] = (hints[parameter.name], Field(default, description=described))
+        return create_model(
+            f"{self.name}_arguments", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields
+        )
+
+    @cached_property
+    def schema(self) -> dict[str, Any]:
+        """The tool as the JSON schema that chat templates take: {"type": "function", "function": …}."""
+        parameters = _untitled(self.arguments.model_json_schema())
+        parameters.pop("additionalProperties", None)
+        parameters.setdefault("properties", {})
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": self.description, "parameters": parameters},
+        }
+
+    def validate(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Typed arguments, or `ToolError` with one line per mistake."""
+        try:
+            model = self.arguments.model_validate(dict(arguments))
+        except ValidationError as error:
+            lines = [
+                f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors(include_url=False)
+            ]
+            raise ToolError(f"{self.name}: " + "; ".join(lines)) from None
+        return {name: getattr(model, name) for name in type(model).model_fields}
+
+
+def _untitled(schema: Any) -> Any:
+    """Drop pydantic's generated titles: they only cost tokens. A property *named* title stays."""
+    if isinstance(schema, dict):
+        return {
+            key: {name: _untitled(sub) for name, sub in value.items()}
+            if key in ("properties", "$defs")
+            else _untitled(value)
+            for key, value in schema.items()
+            if not (key == "title" and isinstance(value, str))
+        }
+    return [_untitled(item) for item in schema] if isinstance(schema, list) else schema
+
+
+def split_docstring(doc: str) -> tuple[str, dict[str, str]]:
+    """Split a Google-style docstring into its description and {argument: description}."""
+    description: list[str] = []
+    arguments: dict[str, str] = {}
+    section, current, indent = "", "", 0
+    for line in doc.splitlines():
+        heading = line.strip()
+        if heading in ("Args:", "Arguments:", "Parameters:", "Returns:", "Raises:", "Yields:", "Example:", "Examples:"):
+            section = heading
+            current = ""
+        elif not section:
+            description.append(line)
+        elif section in ("Args:", "Arguments:", "Parameters:") and heading:
+            match = _LOCAL.match(line)
+            depth = len(line) - len(line.lstrip())
+            if match and (not current or depth <= indent):
+                current, indent = match.group(2), depth
+                arguments[current] = match.group(3).strip()
+            elif current:
+                arguments[current] = f"{arguments[current]} {heading}".strip()
+    return "\n".join(description).strip(), arguments
+
+
+def tools_of(cls: type) -> dict[str, Tool]:
+    """The tools that a class declares (inherited ones too), in order of definition."""
+    found: dict[str, Tool] = {}
+    for base in reversed(cls.__mro__):
+        for name, member in vars(base).items():
+            options = getattr(member, _MARK, None)
+            if options is None:
+                # An override without the mark takes the tool away; say so early instead of surprising.
+                if any(t.function.__name__ == name for t in found.values()):
+                    raise UsageError(
+                        f"{cls.__name__}.{name} overrides a tool without @tool: mark it again, or rename it"
+                    )
+                continue
+            made = Tool(member, options)
+            found.pop(made.name, None)
+            found[made.name] = made
+    return found
+
+
+class Toolkit:
+    """Tools that an environment takes in by composition: `tools = (Search(index), Python(sandbox))`.
+
+    What you hold is a template; each episode works on `spawn()` of it.
+    """
+
+    async def setup(self) -> None:
+        """Once per process, before the first episode."""
+
+    def reset(self, rng: Any) -> None:
+        """At the start of an episode."""
+
+    def spawn(self) -> Self:
+        """A shallow copy for one episode."""
+        return copy.copy(self)
+
+    def fork(self) -> Self:
+        """A copy of the episode's own state for a branch."""
+        return copy.deepcopy(self)
+
+    async def close(self) -> None:
+        """Release what the episode (or the template) holds. Idempotent."""
