@@ -43,8 +43,8 @@ class EngineSection(Section):
     """The in-process engine. `rows`: episodes that keep their keys and values at once."""
 
     type: Literal["local"] = "local"
-    rows: int = Field(256, ge=1)
-    max_context: int | None = Field(None, ge=8, description="tokens; default: what the model allows")
+    rows: int = Field(default=256, ge=1)
+    max_context: int | None = Field(default=None, ge=8, description="tokens; default: what the model allows")
 
 
 class ChatSection(Section):
@@ -57,23 +57,29 @@ class ChatSection(Section):
 class RolloutSection(Section):
     """Limits of an episode and of the manager."""
 
-    max_tokens: int = Field(256, ge=1, description="new tokens per turn")
-    max_episode_tokens: int | None = Field(None, ge=1, description="sampled tokens per episode")
-    episodes: int = Field(256, ge=1, description="episodes in flight")
-    engine_requests: int | None = Field(None, ge=1, description="requests in flight; default: no limit of its own")
-    retries: int = Field(2, ge=0, description="new tries of an episode whose infrastructure failed")
+    max_tokens: int = Field(default=256, ge=1, description="new tokens per turn")
+    max_episode_tokens: int | None = Field(default=None, ge=1, description="sampled tokens per episode")
+    episodes: int = Field(default=256, ge=1, description="episodes in flight")
+    engine_requests: int | None = Field(
+        default=None, ge=1, description="requests in flight; default: no limit of its own"
+    )
+    retries: int = Field(default=2, ge=0, description="new tries of an episode whose infrastructure failed")
     deadlines: Deadlines = Deadlines()
 
 
 class EvalSection(Section):
     """Held-out evaluation after every stage, and every so many RL steps."""
 
-    tasks: int = Field(256, ge=1)
-    every: int | None = Field(None, ge=1, description="RL steps between evaluations; default: only after each stage")
-    tasks_every: int | None = Field(None, ge=1, description="tasks of the evaluations in between; default: tasks")
+    tasks: int = Field(default=256, ge=1)
+    every: int | None = Field(
+        default=None, ge=1, description="RL steps between evaluations; default: only after each stage"
+    )
+    tasks_every: int | None = Field(
+        default=None, ge=1, description="tasks of the evaluations in between; default: tasks"
+    )
     decode: tuple[Literal["sampled", "greedy"], ...] = ("sampled", "greedy")
     split: str = "test"
-    temperature: float = Field(1.0, gt=0, description="of the sampled evaluation")
+    temperature: float = Field(default=1.0, gt=0, description="of the sampled evaluation")
 
     @model_validator(mode="after")
     def _used(self) -> EvalSection:
@@ -88,7 +94,7 @@ class StoreSection(Section):
     """Which trajectories keep their token arrays: all, every n-th step, or the last k steps."""
 
     tokens: Literal["all", "every_n", "last_k"] = "all"
-    n: int = Field(1, ge=1)
+    n: int = Field(default=1, ge=1)
 
 
 class LogSection(Section):
@@ -102,8 +108,8 @@ class LogSection(Section):
 class CheckpointSection(Section):
     """A checkpoint every so many steps of a stage; the best by held-out success is kept besides."""
 
-    every: int = Field(10, ge=1)
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=10, ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 def _bare_env(value: object) -> object:
@@ -113,12 +119,14 @@ def _bare_env(value: object) -> object:
 class Config(Section):
     """One run, whole."""
 
-    name: str = Field("run", pattern=r"^[\w.-]+$")
-    out: str = Field("runs", description="the folder that holds run folders")
-    seed: int = Field(0, ge=0)
-    deterministic: bool = Field(False, description="same numbers whatever the timing; padded forwards cost time")
-    threads: int | None = Field(None, ge=1, description="torch threads; default: torch's own choice")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    out: str = Field(default="runs", description="the folder that holds run folders")
+    seed: int = Field(default=0, ge=0)
+    deterministic: bool = Field(
+        default=False, description="same numbers whatever the timing; padded forwards cost time"
+    )
+    threads: int | None = Field(default=None, ge=1, description="torch threads; default: torch's own choice")
+    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N")
     imports: tuple[str, ...] = ()
     env: Annotated[EnvSection, BeforeValidator(_bare_env)]
     model: ModelOptions

@@ -84,8 +84,8 @@ class OldBehaviour(BehaviourModel):
 
     type: Literal["old"] = "old"
     correction: Literal["none", "tis", "mis"] = "none"
-    cap: float = Field(2.0, gt=0)
-    low: float = Field(0.5, ge=0)
+    cap: float = Field(default=2.0, gt=0)
+    low: float = Field(default=0.5, ge=0)
 
     def denominator(self, member: Member) -> tuple[list[Floats], list[Floats] | None]:
         if "old" not in member.arrays:
@@ -125,9 +125,9 @@ class PPOClip(Surrogate):
     """
 
     type: Literal["ppo_clip"] = "ppo_clip"
-    low: float = Field(0.2, ge=0)
-    high: float = Field(0.28, ge=0)
-    dual: float | None = Field(None, gt=1)
+    low: float = Field(default=0.2, ge=0)
+    high: float = Field(default=0.28, ge=0)
+    dual: float | None = Field(default=None, gt=1)
     low_is_inverse: bool = False
 
     def loss(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
@@ -230,7 +230,7 @@ class KL(AuxTerm):
 
     type: Literal["kl"] = "kl"
     needs = frozenset({"reference"})
-    coef: float = Field(0.001, ge=0)
+    coef: float = Field(default=0.001, ge=0)
     estimator: Literal["k1", "k2", "k3"] = "k3"
 
     def loss(self, tokens: Tokens) -> tuple[Tensor, dict[str, Tensor]]:

@@ -41,8 +41,8 @@ class ToolCost(RewardShaper):
 
     type: Literal["tool_cost"] = "tool_cost"
     mode: Literal["subtract", "discount"] = "subtract"
-    weight: float = Field(1.0, ge=0)
-    factor: float = Field(0.7, gt=0, le=1)
+    weight: float = Field(default=1.0, ge=0)
+    factor: float = Field(default=0.7, gt=0, le=1)
 
     def shape(self, group: Group, store: StateStore) -> None:
         scored = group.scored

@@ -10,10 +10,10 @@ class Deadlines(BaseModel):
     `watchdog` is how long an episode may wait for one thing before it is named aloud."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    tool: float = Field(30.0, gt=0)
-    turn: float = Field(300.0, gt=0)
-    episode: float = Field(1800.0, gt=0)
-    watchdog: float = Field(60.0, gt=0)
+    tool: float = Field(default=30.0, gt=0)
+    turn: float = Field(default=300.0, gt=0)
+    episode: float = Field(default=1800.0, gt=0)
+    watchdog: float = Field(default=60.0, gt=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> Deadlines:

@@ -44,7 +44,7 @@ class TrainingStage(Component):
     point: ClassVar[str] = "stage"
     steps: int = Field(ge=1)
     optimizer: OptimizerOptions
-    tokens_per_batch: int = Field(4096, ge=1, description="padded tokens of one forward and backward pass")
+    tokens_per_batch: int = Field(default=4096, ge=1, description="padded tokens of one forward and backward pass")
     until: Until | None = None
 
 
@@ -52,20 +52,20 @@ class SupervisedStage(TrainingStage):
     """Imitate the environment's scripted expert: cross-entropy on what the expert said, token-mean."""
 
     type: Literal["sft"] = "sft"
-    demonstrations: int = Field(1000, ge=1)
-    batch: int = Field(32, ge=1, description="demonstrations per step")
+    demonstrations: int = Field(default=1000, ge=1)
+    batch: int = Field(default=32, ge=1, description="demonstrations per step")
 
 
 class RLStage(TrainingStage):
     """Reinforcement learning: one step draws tasks, plays them, gives credit and updates the policy."""
 
     type: Literal["rl"] = "rl"
-    prompts: int = Field(16, ge=1, description="tasks per step")
-    samples: int = Field(8, ge=1, description="episodes per task: the group's size")
-    minibatches: int = Field(1, ge=1, description="optimiser steps per rollout")
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
+    prompts: int = Field(default=16, ge=1, description="tasks per step")
+    samples: int = Field(default=8, ge=1, description="episodes per task: the group's size")
+    minibatches: int = Field(default=1, ge=1, description="optimiser steps per rollout")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
     sampler: one_of(sampler.TaskSampler) = sampler.UniformSampler()  # type: ignore[valid-type]
     context: one_of(ContextPolicy) = AppendOnly()  # type: ignore[valid-type]
     strategy: one_of(RolloutStrategy) = FlatRollouts()  # type: ignore[valid-type]
