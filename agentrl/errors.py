@@ -32,6 +32,10 @@ class InfraError(AgentRLError):
     """Raised when a service under an episode broke. The episode is retried, then missing."""
 
 
+class PolicyError(AgentRLError):
+    """Raised by an environment whose episode the policy broke beyond repair: the lowest reward, in the statistics."""
+
+
 class EnvError(AgentRLError):
     """The environment itself is broken (its reset, score or replay). The episode is missing."""
 

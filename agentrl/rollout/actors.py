@@ -1,0 +1,217 @@
+"""Actors: who speaks in an episode. A trained policy behind an engine, or a scripted expert.
+
+An actor opens one `Conversation` per episode. A conversation turns messages into what the actor says;
+the episode neither knows engines nor tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+import numpy as np
+
+from agentrl.chat import ChatFormat, Dialogue, Message, Parsed
+from agentrl.engines import Engine, Request
+from agentrl.env import Obs, Say
+from agentrl.errors import EnvError
+from agentrl.trajectory import (
+    Context,
+    FinishReason,
+    Ids,
+    Origin,
+    Sampling,
+    Source,
+    Span,
+    Turn,
+    as_ids,
+    ids_of,
+)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spoken:
+    """One utterance: the context it was spoken in, its spans (none for actors without token ids), and
+    its meaning."""
+
+    context: Context
+    output: tuple[Span, ...]
+    parsed: Parsed
+    finish: FinishReason
+    sampling: Sampling
+    cost: float = 0.0
+
+
+class Conversation(Protocol):
+    """One actor's side of one episode."""
+
+    @property
+    def n_tokens(self) -> int:
+        """Length of the present context in tokens (0 where the actor has none)."""
+
+    def start(self, messages: Sequence[Message]) -> None:
+        """Begin, or begin afresh, with `messages`."""
+
+    def extend(self, messages: Sequence[Message]) -> None:
+        """Add what the environment answered."""
+
+    async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
+        """The next utterance, of at most `max_tokens` new tokens; None where the actor has nothing
+        more to say. `heard` is what the environment last answered (None at the first turn); `recorded`
+        is the same turn from a record: it is spoken again to the letter."""
+
+    async def fork(self, session: str) -> Self:
+        """The same conversation for a branch named `session`."""
+
+    async def close(self) -> None:
+        """Release what is held. Idempotent."""
+
+
+class Actor(Protocol):
+    """Opens conversations. `max_context` is in tokens, None where the actor has no limit of its own."""
+
+    name: str
+    source: Source
+    max_context: int | None
+
+    def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
+        """A conversation for the episode `session` in `group`, with the environment's tools."""
+
+
+Expert = Generator[Say, Obs, None]
+
+
+class PolicyActor:
+    """A policy that an engine samples. Token ids in, token ids out."""
+
+    source: Source = "policy"
+
+    def __init__(
+        self,
+        engine: Engine,
+        chat: ChatFormat,
+        sampling: Sampling,
+        *,
+        name: str = "policy",
+        requests: asyncio.Semaphore | None = None,
+    ) -> None:
+        self.engine = engine
+        self.chat = chat
+        self.sampling = replace(sampling, stop_ids=chat.stop_ids)
+        self.name = name
+        self.max_context: int | None = engine.capabilities.max_context or None
+        self.requests: contextlib.AbstractAsyncContextManager[Any] = requests or contextlib.nullcontext()
+
+    def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
+        return _PolicyConversation(self, session, group, Dialogue(self.chat, tools, actor=self.name))
+
+
+class _PolicyConversation:
+    def __init__(self, actor: PolicyActor, session: str, group: str, dialogue: Dialogue) -> None:
+        self._actor = actor
+        self._session = session
+        self._group = group
+        self._dialogue = dialogue
+
+    @property
+    def n_tokens(self) -> int:
+        return self._dialogue.n_tokens
+
+    def start(self, messages: Sequence[Message]) -> None:
+        self._dialogue.start(messages)
+
+    def extend(self, messages: Sequence[Message]) -> None:
+        self._dialogue.extend(messages)
+
+    async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
+        actor = self._actor
+        context = self._dialogue.context
+        sampling = replace(actor.sampling, max_tokens=max_tokens, seed=seed)
+        forced = _recorded_ids(recorded) if recorded is not None else None
+        request = Request(ids_of(context), sampling, self._session, self._group, forced)
+        try:
+            async with actor.requests:
+                reply = await actor.engine.generate(request)
+        except asyncio.CancelledError:
+            await actor.engine.abort(self._session)
+            raise
+        parsed = actor.chat.parse(reply.ids)
+        span = Span(
+            reply.ids,
+            "assistant",
+            "sampled",
+            actor.name,
+            reply.logprobs,
+            reply.entropies,
+            reply.entropy,
+            reply.versions,
+        )
+        return Spoken(context, self._dialogue.heard(span, parsed), parsed, reply.finish, sampling)
+
+    async def fork(self, session: str) -> _PolicyConversation:
+        await self._actor.engine.fork(self._session, session)
+        return _PolicyConversation(self._actor, session, self._group, self._dialogue.fork())
+
+    async def close(self) -> None:
+        await self._actor.engine.release(self._session)
+
+
+def _recorded_ids(turn: Turn) -> Ids:
+    spans = [span.ids for span in turn.sampled]
+    return as_ids(np.concatenate(spans)) if spans else as_ids([])
+
+
+class ExpertActor:
+    """The environment's own scripted expert (`Env.demonstrate`), rendered in the policy's chat format."""
+
+    source: Source = "demo"
+    max_context: int | None = None
+
+    def __init__(self, chat: ChatFormat, *, name: str = "policy", origin: Origin = "demo") -> None:
+        self.chat = chat
+        self.name = name
+        self.origin = origin
+
+    def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
+        if expert is None:
+            raise EnvError("the episode has no scripted expert; this is a bug in the rollout manager")
+        return _ExpertConversation(self, expert, Dialogue(self.chat, tools, actor=self.name))
+
+
+class _ExpertConversation:
+    def __init__(self, actor: ExpertActor, expert: Expert, dialogue: Dialogue) -> None:
+        self._actor = actor
+        self._expert = expert
+        self._dialogue = dialogue
+
+    @property
+    def n_tokens(self) -> int:
+        return self._dialogue.n_tokens
+
+    def start(self, messages: Sequence[Message]) -> None:
+        self._dialogue.start(messages)
+
+    def extend(self, messages: Sequence[Message]) -> None:
+        self._dialogue.extend(messages)
+
+    async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
+        try:
+            say = next(self._expert) if heard is None else self._expert.send(Obs(heard))
+        except StopIteration:
+            return None
+        context = self._dialogue.context
+        chat = self._actor.chat
+        ids = chat.say(self._dialogue, say)
+        parsed = chat.parse(ids)
+        span = Span(ids, "assistant", self._actor.origin, self._actor.name)
+        sampling = Sampling(max_tokens=max(1, len(ids)))
+        return Spoken(context, self._dialogue.heard(span, parsed), parsed, "stop", sampling)
+
+    async def fork(self, session: str) -> _ExpertConversation:
+        raise EnvError("a scripted expert cannot be forked: generators cannot be copied")
+
+    async def close(self) -> None:
+        self._expert.close()
