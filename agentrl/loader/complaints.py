@@ -1,0 +1,125 @@
+"""What pydantic finds wrong, said to a person: where it stands, what is wrong, what may be meant.
+
+pydantic names a place in its own terms (union tags among the keys). Here that place is followed
+through the tree of `Node`s to the line or the override that wrote the value, and the schema is
+asked which keys it has, so that a misspelt key is answered with the right one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from agentrl.errors import UsageError
+from agentrl.loader.layers import Node, did_you_mean
+from agentrl.loader.slots import Slot, key_paths, types_of
+
+_LISTED = 12
+_QUOTED = re.compile(r"'([^']*)'")
+
+
+def complaints(error: ValidationError, root: Node, model: type[BaseModel]) -> list[UsageError]:
+    """One `UsageError` per mistake in `error`, in the order in which pydantic met them."""
+    seen: dict[str, UsageError] = {}
+    for detail in error.errors(include_url=False):
+        spot = _follow(detail, root, Slot((model,)))
+        text, where = _sentence(detail, spot, model), spot.node.where
+        if detail["type"] == "value_error":
+            where = _subject(text, spot.node).where
+        made = UsageError(f"{spot.path}: {text}" if spot.path else text, where=where)
+        seen.setdefault(str(made), made)
+    return list(seen.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Spot:
+    """A place in the tree: the nearest node that exists there, its slot, and the mapping around it."""
+
+    path: str
+    node: Node
+    slot: Slot
+    around: tuple[Node, Slot]
+
+
+def _follow(detail: ErrorDetails, root: Node, slot: Slot) -> _Spot:
+    node, around = root, (root, slot)
+    path: list[str] = []
+    loc = detail["loc"]
+    for n, step in enumerate(loc, 1):
+        at_end = n == len(loc)
+        if isinstance(node.value, dict):
+            tag = node.value.get("type")
+            is_tag = tag is not None and tag.value == step and not at_end
+            found = None if is_tag else node.value.get(str(step))
+        elif isinstance(node.value, list) and isinstance(step, int) and step < len(node.value):
+            found = node.value[step]
+        else:
+            found = None
+        if found is not None:
+            around = (node, slot)
+            node, slot, path = found, slot.below(str(step), node), [*path, str(step)]
+        elif at_end and detail["type"] == "missing":
+            path = [*path, str(step)]
+    if detail["type"] == "union_tag_invalid" and isinstance(node.value, dict):
+        node = node.value.get("type", node)
+    return _Spot(".".join(path), node, slot, around)
+
+
+def _sentence(detail: ErrorDetails, spot: _Spot, model: type[BaseModel]) -> str:
+    kind, context, given = detail["type"], detail.get("ctx", {}), _short(spot.node.plain())
+    match kind:
+        case "extra_forbidden":
+            around, slot = spot.around
+            return f"unknown key{_meant_key(spot.path.rsplit('.', 1)[-1], slot.keys(around), model)}"
+        case "missing":
+            return "this key is required; add it"
+        case "union_tag_not_found":
+            return f"name a type{_one_of([name for owner in spot.slot.models() for name in types_of(owner)])}"
+        case "union_tag_invalid":
+            known, tag = _QUOTED.findall(str(context.get("expected_tags", ""))), str(context.get("tag"))
+            return f"there is no {tag!r}{did_you_mean(tag, known) or _one_of(known)}"
+        case "literal_error" | "enum":
+            expected = str(context.get("expected", ""))
+            meant = did_you_mean(str(spot.node.value), _QUOTED.findall(expected))
+            return f"should be {expected}, not {given}{meant}"
+        case "value_error" | "assertion_error":
+            return str(context.get("error", detail["msg"]))
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"should be a mapping of keys to values, not {given}"
+    message = detail["msg"].removeprefix("Input ").split(", unable to ")[0].split(", got a ")[0]
+    message = message.replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    return f"{message[:1].lower()}{message[1:]}, not {given}"
+
+
+def _subject(text: str, node: Node) -> Node:
+    """The key of the mapping `node` that a validator's sentence speaks of first, else `node` itself."""
+    if isinstance(node.value, dict):
+        for word in re.findall(r"\w+", text):
+            if word in node.value:
+                return node.value[word]
+    return node
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"
+
+
+def _one_of(known: list[str]) -> str:
+    names = list(dict.fromkeys(known))
+    return f"; it is one of {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}" if names else ""
+
+
+def _meant_key(key: str, known: list[str], model: type[BaseModel]) -> str:
+    near = did_you_mean(key, known)
+    if near:
+        return near
+    elsewhere = sorted({path for path in key_paths(model) if path.rsplit(".", 1)[-1] == key}, key=len)
+    if elsewhere:
+        return f"; did you mean {elsewhere[0]!r}?"
+    return f"; the keys here are {', '.join(sorted(set(known)))}" if 0 < len(known) <= _LISTED else ""
