@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import inspect
 import re
+import sys
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -215,3 +217,13 @@ class Toolkit:
 
     async def close(self) -> None:
         """Release what the episode (or the template) holds. Idempotent."""
+
+
+class _CallableModule(types.ModuleType):
+    """`agentrl.tool` names this module and the decorator; whichever an import finds, it works."""
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return tool(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule
