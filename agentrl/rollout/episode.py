@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from agentrl.chat import Message
@@ -20,6 +20,7 @@ from agentrl.errors import EnvError, InfraError, PolicyError
 from agentrl.host import Answer, Host
 from agentrl.rollout.actors import Conversation, Spoken
 from agentrl.rollout.seeds import seed_of
+from agentrl.store.key import EpisodeKey
 from agentrl.task import Task
 from agentrl.trajectory import Fork, Outcome, Source, ToolUse, Trajectory, Turn
 
@@ -51,7 +52,7 @@ class LiveEpisode:
     def __init__(
         self,
         *,
-        id: str,
+        key: EpisodeKey,
         group: str,
         task: Task,
         host: Host,
@@ -62,17 +63,15 @@ class LiveEpisode:
         stream: tuple[str | int, ...],
         actor: str = "policy",
         source: Source = "policy",
-        attempt: int = 0,
         recorded: Sequence[Turn] = (),
     ) -> None:
-        self.id = id
+        self.key = key
         self.group = group
         self.task = task
         self.turns: list[Turn] = []
         self.outcome: Outcome | None = None
         self.extra: dict[str, Any] = {}
         self.fork_point: Fork | None = None
-        self.attempt = attempt
         self.doing = "waiting for a place"
         self.since = time.monotonic()
         self._host = host
@@ -90,6 +89,11 @@ class LiveEpisode:
         self._closed = False
 
     # -- the primitives of strategies ----------------------------------------------------------
+
+    @property
+    def id(self) -> str:
+        """The trajectory's id."""
+        return self.key.id
 
     @property
     def over(self) -> bool:
@@ -174,18 +178,17 @@ class LiveEpisode:
         if self.over:
             raise EnvError(f"{self.id} is over and cannot be forked")
         self._children += 1
-        branch = f"{self.id}.{self._children}"
         child = object.__new__(LiveEpisode)
         child.__dict__.update(self.__dict__)
-        child.id = branch
+        child.key = replace(self.key, branch=(*self.key.branch, self._children))
         child.turns = list(self.turns)
         child.extra = dict(self.extra)
-        child._stream = (*self._stream, "branch", self._children)
+        child._stream = (*self._stream[:-1], child.id)
         child._children = 0
         child._recorded = []
         child.fork_point = Fork(self.id, len(self.turns), self._conversation.n_tokens)
         child._host = await self._host.fork()
-        child._conversation = await self._conversation.fork(branch)
+        child._conversation = await self._conversation.fork(child.id)
         return child
 
     def replay(self, recorded: Sequence[Turn]) -> None:
@@ -227,7 +230,7 @@ class LiveEpisode:
             seed=self.seed,
             env=self._host.template.spec_hash,
             fork=self.fork_point,
-            attempt=self.attempt,
+            attempt=self.key.attempt,
             source=self._source,
             score=parts,
             reward=total,

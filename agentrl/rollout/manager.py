@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -19,13 +20,14 @@ from agentrl.algo.sampler import TaskDraw
 from agentrl.content import Image
 from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.env import Env, settled
-from agentrl.errors import EnvError, InfraError, RunFailed
+from agentrl.errors import EnvError, RunFailed
 from agentrl.host import Host
 from agentrl.rollout.actors import Actor, Expert
 from agentrl.rollout.deadlines import Deadlines
 from agentrl.rollout.episode import Hooks, Limits, LiveEpisode
 from agentrl.rollout.seeds import seed_of
 from agentrl.rollout.strategy import RolloutStrategy
+from agentrl.store.key import EpisodeKey
 from agentrl.trajectory import Group, Member, Trajectory, Turn
 
 ENV_FAILURES = 0.01  # more broken episodes than this share stop the run
@@ -35,8 +37,11 @@ PROGRESS_SECONDS = 0.2
 class Recorder(Protocol):
     """Where turns go as they end, and images as they appear (the store's writer, or nothing)."""
 
-    def turn(self, trajectory_id: str, attempt: int, index: int, turn: Turn) -> None:
+    def turn(self, key: EpisodeKey, index: int, turn: Turn) -> None:
         """Write a turn ahead of its episode's end."""
+
+    def forget(self, key: EpisodeKey) -> None:
+        """The episode will never finish."""
 
     def image(self, image: Image) -> None:
         """Keep an image by its hash."""
@@ -95,6 +100,9 @@ class RolloutManager:
         self.episodes = 0
         self.env_failures = 0
         self._schemas = self.env.tool_schemas()
+        self._moment: tuple[str, int, str] | None = None
+        self._drawn: Counter[str] = Counter()
+        self._samples: Counter[str] = Counter()
 
     async def run(
         self,
@@ -104,6 +112,7 @@ class RolloutManager:
         stage: str,
         strategy: RolloutStrategy,
         context: ContextPolicy | None = None,
+        split: str = "train",
         attempt: int = 0,
         recorded: Recorded | None = None,
     ) -> list[Group]:
@@ -113,10 +122,8 @@ class RolloutManager:
         episode and releases what it holds.
         """
         batch = _Batch(stage, sum(draw.samples for draw in draws), asyncio.Semaphore(self.limits.episodes))
-        plays = [
-            Play(self, draw, actor, stage, context or AppendOnly(), attempt, recorded or Recorded(), batch)
-            for draw in draws
-        ]
+        setting = Setting(stage, split, actor, context or AppendOnly(), attempt, recorded or Recorded())
+        plays = [Play(self, draw, setting, batch, self._key(draw, setting)) for draw in draws]
         watchdog = asyncio.create_task(self._watch(), name="watchdog")
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -140,11 +147,10 @@ class RolloutManager:
 
     # -- for Play ------------------------------------------------------------------------------
 
-    async def begin(self, play: Play, sample: int, attempt: int) -> LiveEpisode:
+    async def begin(self, play: Play, key: EpisodeKey) -> LiveEpisode:
         """An opened episode."""
-        draw = play.draw
-        id = f"{play.group_id}/{sample}"
-        stream = (self.seed, play.stage, draw.step, draw.index, draw.task.id, sample)
+        draw, actor = play.draw, play.setting.actor
+        stream = (self.seed, key.id)
         host_seed = seed_of(*stream, "env")
         deadlines = self.limits.deadlines
         host = Host(
@@ -154,34 +160,46 @@ class RolloutManager:
             max_tool_seconds=deadlines.tool,
             max_env_seconds=deadlines.turn,
         )
-        expert = (
-            await self._expert(draw, host_seed, seed_of(*stream, "expert")) if play.actor.source == "demo" else None
-        )
+        expert = await self._expert(draw, host_seed, seed_of(*stream, "expert")) if actor.source == "demo" else None
         episode = LiveEpisode(
-            id=id,
+            key=key,
             group=play.group_id,
             task=draw.task,
             host=host,
-            conversation=play.actor.open(id, play.group_id, self._schemas, expert),
-            context=play.context,
+            conversation=actor.open(key.id, play.group_id, self._schemas, expert),
+            context=play.setting.context,
             limits=Limits(
                 max_turns=self.env.max_turns,
                 max_tokens=self.limits.max_tokens,
                 max_episode_tokens=self.limits.max_episode_tokens,
-                max_context=play.actor.max_context,
+                max_context=actor.max_context,
                 turn_seconds=deadlines.turn,
                 episode_seconds=deadlines.episode,
             ),
             hooks=Hooks(self._turn, self._image, self._diverged),
             stream=stream,
-            actor=play.actor.name,
-            source=play.actor.source,
-            attempt=attempt,
-            recorded=play.recorded.inflight.get(id, ()),
+            actor=actor.name,
+            source=actor.source,
+            recorded=play.setting.recorded.inflight.get(key.id, ()),
         )
-        self.live[id] = episode
+        self.live[key.id] = episode
         await episode.open()
         return episode
+
+    def _key(self, draw: TaskDraw, setting: Setting) -> tuple[EpisodeKey, str]:
+        """The key of a draw's first sample, and its group's id. A task drawn again in the same step
+        (a small task set, a refill) counts its samples on and gets a group of its own."""
+        moment = (setting.stage, draw.step, setting.split)
+        if moment != self._moment:
+            self._moment = moment
+            self._drawn.clear()
+            self._samples.clear()
+        task = draw.task.id
+        first = EpisodeKey(setting.stage, draw.step, setting.split, task, self._samples[task], (), setting.attempt)
+        again = self._drawn[task]
+        self._drawn[task] += 1
+        self._samples[task] += draw.samples
+        return first, first.group_id + (f"~{again}" if again else "")
 
     async def _expert(self, draw: TaskDraw, host_seed: int, seed: int) -> Expert:
         """The scripted expert on an instance of its own, reset like the episode's, so that it may look
@@ -218,7 +236,7 @@ class RolloutManager:
 
     def _turn(self, episode: LiveEpisode, index: int, turn: Turn) -> None:
         if self.recorder is not None:
-            self.recorder.turn(episode.id, episode.attempt, index, turn)
+            self.recorder.turn(episode.key, index, turn)
 
     def _image(self, image: Image) -> None:
         if self.recorder is not None:
@@ -263,59 +281,57 @@ class _Batch:
     told: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the draws of one `run` share."""
+
+    stage: str
+    split: str
+    actor: Actor
+    context: ContextPolicy
+    attempt: int
+    recorded: Recorded
+
+
 class Play:
     """One draw's view of the manager: the primitives a strategy may use."""
 
     def __init__(
-        self,
-        manager: RolloutManager,
-        draw: TaskDraw,
-        actor: Actor,
-        stage: str,
-        context: ContextPolicy,
-        attempt: int,
-        recorded: Recorded,
-        batch: _Batch,
+        self, manager: RolloutManager, draw: TaskDraw, setting: Setting, batch: _Batch, key: tuple[EpisodeKey, str]
     ) -> None:
         self.draw = draw
-        self.actor = actor
-        self.stage = stage
-        self.context = context
-        self.recorded = recorded
-        self.group_id = f"{stage}-{draw.step}/{draw.index:04d}"
+        self.setting = setting
         self._manager = manager
-        self._attempt = attempt
         self._batch = batch
+        self._first, self.group_id = key
 
     def rng(self, *keys: str | int) -> np.random.Generator:
         """A random stream of the strategy's own, named by `keys`."""
-        draw = self.draw
-        return _rng(seed_of(self._manager.seed, self.stage, draw.step, draw.index, draw.task.id, "strategy", *keys))
+        return _rng(seed_of(self._manager.seed, self.group_id, "strategy", *keys))
+
+    def key(self, sample: int, retry: int = 0) -> EpisodeKey:
+        """The key of the draw's `sample`-th episode. Retries count as attempts of their own."""
+        attempt = self._first.attempt * (self._manager.limits.retries + 1) + retry
+        return replace(self._first, sample=self._first.sample + sample, attempt=attempt)
 
     async def episode(self, sample: int) -> Trajectory:
         """Play one episode from the prompt to its score. Infrastructure failures are tried again."""
-        stored = self.recorded.finished.get(f"{self.group_id}/{sample}")
+        stored = self.setting.recorded.finished.get(self.key(sample).id)
         if stored is not None:
             self._manager.count(stored, self._batch)
             return stored
         retries = self._manager.limits.retries
-        for retry in range(retries + 1):
-            async with self._batch.places:
-                episode = await self.begin(sample, retry)
-                while await episode.step() is not None:
-                    pass
-                outcome = episode.outcome
-                if outcome is None or outcome.why != "infra" or retry == retries:
+        async with self._batch.places:
+            for retry in range(retries):
+                episode = await self._played(sample, retry)
+                if episode.outcome is None or episode.outcome.why != "infra":
                     return await self.finish(episode)
-                await self.discard(episode)
-        raise AssertionError("unreachable: the last try returns")
+                await self._discard(episode)
+            return await self.finish(await self._played(sample, retries))
 
     async def begin(self, sample: int, retry: int = 0) -> LiveEpisode:
         """Open one episode for a strategy that steps it itself."""
-        try:
-            return await self._manager.begin(self, sample, self._attempt + retry)
-        except InfraError as error:
-            raise RunFailed(f"episodes cannot begin: {error}") from error
+        return await self._manager.begin(self, self.key(sample, retry))
 
     async def finish(self, episode: LiveEpisode) -> Trajectory:
         """Score and freeze an episode that is over (or that the strategy gives up)."""
@@ -323,15 +339,10 @@ class Play:
         self._manager.forget(episode, trajectory, self._batch)
         return trajectory
 
-    async def discard(self, episode: LiveEpisode) -> None:
-        """Drop an episode whose infrastructure failed; it will be played again."""
-        await episode.close()
-        self._manager.live.pop(episode.id, None)
-
     async def fork(self, episode: LiveEpisode) -> LiveEpisode:
         """Branch an episode between two turns."""
         child = await episode.fork()
-        child.replay(self.recorded.inflight.get(child.id, ())[len(child.turns) :])
+        child.replay(self.setting.recorded.inflight.get(child.id, ()))
         self._manager.live[child.id] = child
         return child
 
@@ -339,6 +350,19 @@ class Play:
         """The draw's group."""
         members = [Member(trajectory, trajectory.source) for trajectory in trajectories]
         return Group(self.group_id, self.draw.task.id, members, self.draw.step, dict(self.draw.options))
+
+    async def _played(self, sample: int, retry: int) -> LiveEpisode:
+        episode = await self.begin(sample, retry)
+        while await episode.step() is not None:
+            pass
+        return episode
+
+    async def _discard(self, episode: LiveEpisode) -> None:
+        """Drop an episode whose infrastructure failed; it will be played again."""
+        await episode.close()
+        self._manager.live.pop(episode.id, None)
+        if self._manager.recorder is not None:
+            self._manager.recorder.forget(episode.key)
 
 
 def _rng(seed: int) -> np.random.Generator:
@@ -349,4 +373,3 @@ def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
     """The first error of a group of tasks: its siblings were cancelled because of it."""
     error: BaseException = errors.exceptions[0]
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
-
