@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from agentrl.content import Content
 from agentrl.errors import UsageError
 from agentrl.task import Task
-from agentrl.tool import Tool, Toolkit, tools_of
+from agentrl.tool import Tool, Toolkit, branch, tools_of
 from agentrl.trajectory import Outcome, ToolCall, ToolUse, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -136,22 +136,18 @@ class Env:
     def spawn(self) -> Self:
         """An instance for one episode: a shallow copy of the template, with toolkits spawned alike."""
         child = copy.copy(self)
-        child.tools = tuple(kit.spawn() for kit in self.tools)
         child._template = self.template
+        if self.tools:
+            child.tools = tuple(kit.spawn() for kit in self.tools)
+            fresh = {id(kit): new for kit, new in zip(self.tools, child.tools, strict=True)}
+            for name, value in vars(self).items():  # self.search = Search(…) must mean the episode's own
+                if id(value) in fresh:
+                    setattr(child, name, fresh[id(value)])
         return child
 
     def fork(self) -> Self:
         """A deep copy of the episode's own state for a branch; what the template holds stays shared."""
-        template = self.template
-        shared = {id(value): value for value in vars(template).values()}
-        shared[id(template)] = template
-        memo = dict(shared)
-        child = copy.copy(self)
-        for name, value in vars(self).items():
-            if name != "tools":
-                setattr(child, name, copy.deepcopy(value, memo))
-        child.tools = tuple(kit.fork() for kit in self.tools)
-        return child
+        return branch(self, self.template, {id(kit): kit.fork() for kit in self.tools})
 
     async def close(self) -> None:
         """Release the episode's resources. Idempotent."""

@@ -24,7 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from agentrl.errors import ToolError, UsageError
 
 F = TypeVar("F", bound=Callable[..., Any])
+T = TypeVar("T")
 _MARK = "__agentrl_tool__"
+_MISTAKES = 5  # told at once about one call
 _LOCAL = re.compile(r"^(\s*)(\w+)\s*(?:\([^)]*\))?\s*:\s*(.*)$")
 
 
@@ -92,7 +94,11 @@ class Tool:
 
     @cached_property
     def arguments(self) -> type[BaseModel]:
-        """The pydantic model of the arguments; unknown arguments are refused."""
+        """The pydantic model of the arguments; unknown arguments are refused.
+
+        Its fields are named `a0, a1, …` with the parameters as aliases, so that a parameter may have any
+        name (`schema`, `copy`, `_x`) without meeting an attribute of the model.
+        """
         signature = inspect.signature(self.function)
         try:
             hints = typing.get_type_hints(self.function, include_extras=True)
@@ -101,7 +107,7 @@ class Tool:
                 f"tool {self.name!r}: annotation {error.name!r} cannot be resolved; import it at module level"
             ) from error
         fields: dict[str, Any] = {}
-        for parameter in list(signature.parameters.values())[1:]:
+        for index, parameter in enumerate(list(signature.parameters.values())[1:]):
             if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
                 raise UsageError(
                     f"tool {self.name!r}: parameter {parameter.name!r} must be an ordinary named parameter"
@@ -112,7 +118,8 @@ class Tool:
                 )
             default = ... if parameter.default is parameter.empty else parameter.default
             described = self._doc[1].get(parameter.name)
-            fields[parameter.name] = (hints[parameter.name], Field(default, description=described))
+            field = Field(default, description=described, alias=parameter.name)
+            fields[f"a{index}"] = (hints[parameter.name], field)
         return create_model(
             f"{self.name}_arguments", __config__=ConfigDict(extra="forbid", arbitrary_types_allowed=False), **fields
         )
@@ -133,11 +140,10 @@ class Tool:
         try:
             model = self.arguments.model_validate(dict(arguments))
         except ValidationError as error:
-            lines = [
-                f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in error.errors(include_url=False)
-            ]
+            mistakes = error.errors(include_url=False, include_context=False, include_input=False)[:_MISTAKES]
+            lines = [f"{'.'.join(map(str, e['loc'])) or 'arguments'}: {e['msg']}" for e in mistakes]
             raise ToolError(f"{self.name}: " + "; ".join(lines)) from None
-        return {name: getattr(model, name) for name in type(model).model_fields}
+        return {field.alias or name: getattr(model, name) for name, field in type(model).model_fields.items()}
 
 
 def _untitled(schema: Any) -> Any:
@@ -146,6 +152,8 @@ def _untitled(schema: Any) -> Any:
         return {
             key: {name: _untitled(sub) for name, sub in value.items()}
             if key in ("properties", "$defs")
+            else value
+            if key in ("default", "const", "enum", "examples")
             else _untitled(value)
             for key, value in schema.items()
             if not (key == "title" and isinstance(value, str))
@@ -201,6 +209,8 @@ class Toolkit:
     What you hold is a template; each episode works on `spawn()` of it.
     """
 
+    _template: Toolkit | None = None
+
     async def setup(self) -> None:
         """Once per process, before the first episode."""
 
@@ -208,15 +218,30 @@ class Toolkit:
         """At the start of an episode."""
 
     def spawn(self) -> Self:
-        """A shallow copy for one episode."""
-        return copy.copy(self)
+        """A shallow copy for one episode, which knows its template."""
+        child = copy.copy(self)
+        child._template = self._template or self
+        return child
 
     def fork(self) -> Self:
-        """A copy of the episode's own state for a branch."""
-        return copy.deepcopy(self)
+        """A deep copy of the episode's own state for a branch; what the template holds stays shared."""
+        return branch(self, self._template or self)
 
     async def close(self) -> None:
         """Release what the episode (or the template) holds. Idempotent."""
+
+
+def branch(source: T, template: object, known: Mapping[int, object] = types.MappingProxyType({})) -> T:
+    """A copy of `source`: deep where the state is its own, shared where `template` holds the same object.
+
+    `known` maps the ids of objects that were copied already to their copies.
+    """
+    child = copy.copy(source)
+    memo: dict[int, object] = {id(value): value for value in vars(template).values()}
+    memo |= {id(template): template, id(source): child, **known}
+    for name, value in vars(source).items():
+        setattr(child, name, copy.deepcopy(value, memo))
+    return child
 
 
 class _CallableModule(types.ModuleType):

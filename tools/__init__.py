@@ -1,0 +1,1 @@
+"""Ready tools: toolkits that an environment takes in by composition, `tools = (Arithmetic(),)`."""
