@@ -1,0 +1,37 @@
+"""The trajectory store: a crash loses nothing acknowledged, and a list of 100 000 opens at once.
+
+A SQLite index over append-only segments of frames. `StoreWriter` appends, `StoreReader` lists and
+loads, `rebuild` makes the index again from the segments, `RunFolder` is the folder around them.
+"""
+
+from agentrl.store.canonical import canonical, canonical_trajectory, differences, fingerprint
+from agentrl.store.codec import TokensNotKept
+from agentrl.store.credit import Credit
+from agentrl.store.export import as_json, export_jsonl
+from agentrl.store.frames import DamagedFrame
+from agentrl.store.key import EpisodeKey
+from agentrl.store.reader import Cursor, Entry, Page, StoreReader
+from agentrl.store.rebuild import rebuild
+from agentrl.store.run import RunFolder, RunInfo
+from agentrl.store.writer import StoreWriter
+
+__all__ = [
+    "Credit",
+    "Cursor",
+    "DamagedFrame",
+    "Entry",
+    "EpisodeKey",
+    "Page",
+    "RunFolder",
+    "RunInfo",
+    "StoreReader",
+    "StoreWriter",
+    "TokensNotKept",
+    "as_json",
+    "canonical",
+    "canonical_trajectory",
+    "differences",
+    "export_jsonl",
+    "fingerprint",
+    "rebuild",
+]

@@ -1,0 +1,152 @@
+"""The journal: turns of episodes in flight, written ahead so that a killed run can replay them.
+
+An append-only file beside the segments, seg/<writer>-<n>.turns, never synced: it outlives the
+process, not the machine. Each episode's turns are self-contained from its first frame on. Once an
+episode is finished and stored, its frames are dead; when most of the file is dead, what lives is
+copied to the next file and the old one goes.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from agentrl.store.codec import SpanTable, spans_of, turn_in, turn_out
+from agentrl.store.frames import Encoder, Frame, Kind, frames_of, unpack
+from agentrl.store.key import EpisodeKey
+from agentrl.store.segments import Segment, number_of, series
+from agentrl.trajectory import Context, Span, Turn
+
+SUFFIX = "turns"
+_SLACK = 8 << 20  # bytes of dead frames that are not worth a copy
+
+
+@dataclass(slots=True)
+class _Open:
+    """An episode in flight: what the next frame needs to know, and where its frames stand."""
+
+    table: SpanTable = field(default_factory=SpanTable)
+    context: Context = ()
+    next: int = -1
+    places: list[tuple[int, int]] = field(default_factory=list)
+    size: int = 0
+
+
+class Journal:
+    """Writes turns. Opening it takes over what earlier processes of the same writer left in flight."""
+
+    def __init__(self, folder: Path, writer: str, finished: Callable[[str], int]) -> None:
+        """`finished(id)` is the latest attempt of that trajectory in the store, -1 where there is none."""
+        self._folder, self._writer = folder, writer
+        self._encoder = Encoder()
+        self._open: dict[EpisodeKey, _Open] = {}
+        self._by_id: dict[str, list[EpisodeKey]] = {}
+        old = series(folder, writer, SUFFIX)
+        self._file = Segment(folder / f"{writer}-{number_of(old[-1]) + 1 if old else 0}.{SUFFIX}")
+        for path in old:
+            data = path.read_bytes()
+            for frame in frames_of(data):
+                key = _key(frame.meta)
+                if finished(key.id) < key.attempt:
+                    self._place(key, data[frame.offset : frame.offset + frame.length])
+        self._file.flush()
+        for path in old:
+            path.unlink()
+
+    def append(self, key: EpisodeKey, index: int, turn: Turn) -> None:
+        """Write turn `index` of an episode. Writing an index again replaces that turn and drops later ones."""
+        episode = self._open.get(key)
+        fresh = episode is None or episode.next != index
+        if episode is None:
+            episode = self._open[key] = _Open()
+            self._by_id.setdefault(key.id, []).append(key)
+        elif fresh:
+            episode.table, episode.context = SpanTable(), ()
+        table = episode.table
+        what, read = turn_out(turn, episode.context, table)
+        arrays, sizes = table.arrays()
+        body = self._encoder.pack((what, read, table.rows, sizes, arrays))
+        table.clear()
+        meta = (key.stage, key.step, key.split, key.task_id, key.sample, key.branch, key.attempt, index, fresh)
+        episode.context, episode.next = turn.context, index + 1
+        self._place(key, self._encoder.frame(Kind.TURN, meta, body, raw=True))
+        self._file.flush()
+
+    def _place(self, key: EpisodeKey, frame: bytes) -> None:
+        episode = self._open.get(key)
+        if episode is None:
+            episode = self._open[key] = _Open()
+            self._by_id.setdefault(key.id, []).append(key)
+        episode.places.append((self._file.append(frame), len(frame)))
+        episode.size += len(frame)
+
+    def forget(self, id: str, attempt: int) -> None:
+        """The episode is stored, or nobody wants it any more: it and its earlier attempts are no longer in flight."""
+        for key in self._by_id.pop(id, ()):
+            if key.attempt <= attempt:
+                del self._open[key]
+            else:
+                self._by_id.setdefault(id, []).append(key)
+
+    def tidy(self) -> None:
+        """Start a new file with what lives, where most of this one is dead."""
+        alive = sum([episode.size for episode in self._open.values()])
+        if self._file.end < max(_SLACK, 2 * alive):
+            return
+        old = self._file
+        self._file = Segment(self._folder / f"{self._writer}-{number_of(old.path) + 1}.{SUFFIX}")
+        with old.path.open("rb") as file:
+            for episode in self._open.values():
+                episode.places = [(self._file.append(_read(file.fileno(), at, n)), n) for at, n in episode.places]
+        self._file.flush()
+        old.close()
+        old.path.unlink()
+
+    def close(self) -> None:
+        """Close the file; it is removed where nothing is in flight."""
+        self._file.close()
+        if not self._open:
+            self._file.path.unlink(missing_ok=True)
+
+
+def _read(fd: int, at: int, n: int) -> bytes:
+    return os.pread(fd, n, at)
+
+
+def _key(meta: list[Any]) -> EpisodeKey:
+    stage, step, split, task, sample, branch, attempt, *_ = meta
+    return EpisodeKey(stage, step, split, task, sample, tuple(branch), attempt)
+
+
+def read_journals(folder: Path, wanted: Callable[[EpisodeKey], bool]) -> dict[EpisodeKey, list[Turn]]:
+    """The turns in flight of the episodes that `wanted` says yes to, per episode in order from turn 0."""
+    frames: dict[EpisodeKey, list[Frame]] = {}
+    for path in sorted(folder.glob(f"*.{SUFFIX}"), key=number_of):
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:  # tidied away meanwhile: what lived stands in the next file, listed or not
+            return read_journals(folder, wanted)
+        for frame in frames_of(data, body=True):
+            key = _key(frame.meta)
+            if wanted(key):
+                frames.setdefault(key, []).append(frame)
+    return {key: turns for key, found in frames.items() if (turns := _turns(found))}
+
+
+def _turns(frames: Iterable[Frame]) -> list[Turn]:
+    turns: dict[int, Turn] = {}
+    spans: list[Span | None] = []
+    before: Context = ()
+    for frame in frames:
+        *_, index, fresh = frame.meta
+        what, read, rows, sizes, arrays = unpack(frame.body)
+        if fresh:
+            spans, before = [], ()
+            turns = {i: turn for i, turn in turns.items() if i < index}
+        spans += spans_of(rows, arrays, sizes, lambda owner, attempt: ())
+        turns[index] = turn_in(what, read, before, spans)
+        before = turns[index].context
+    return [turns[i] for i in range(len(turns)) if i in turns]

@@ -1,0 +1,337 @@
+"""Reading: lists come from the index, records from the segments; any number of threads, while a run writes."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from agentrl.store import index
+from agentrl.store.codec import TokensNotKept, spans_of, trajectory_in
+from agentrl.store.credit import Credit, credit_in
+from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
+from agentrl.store.journal import read_journals
+from agentrl.store.key import EpisodeKey
+from agentrl.trajectory import Span, Trajectory, Turn
+
+Sort = Literal["added", "reward", "step"]
+_SORT: Mapping[Sort, str] = {"added": "rowid", "reward": "reward", "step": "step"}
+
+
+class Cursor(NamedTuple):
+    """Where a page ended: the sort value and the row id of its last entry."""
+
+    value: float | None
+    rowid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A trajectory's line in a list. `n_tokens` counts sampled tokens; costs and `seconds` are sums over turns."""
+
+    rowid: int
+    id: str
+    attempt: int
+    stage: str
+    step: int
+    split: str
+    group_id: str
+    task_id: str
+    env: str
+    source: str
+    parent: str | None
+    outcome: str
+    why: str | None
+    reward: float | None
+    success: bool | None
+    n_turns: int
+    n_calls: int
+    n_tokens: int
+    n_errors: int
+    tool_cost: float
+    turn_cost: float
+    seconds: float
+    latest: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Entries in order, and the cursor of the next page (None at the end)."""
+
+    entries: tuple[Entry, ...]
+    next: Cursor | None
+
+
+_COLUMNS = ", ".join(Entry.__dataclass_fields__)
+_PLACES = "segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length"
+
+
+class StoreReader:
+    """Reads the store of one run; every thread has its own connection.
+
+    Lists and look-ups see the latest attempt of each trajectory unless asked otherwise. Raises
+    `UsageError` where the folder holds no store.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._run_dir, self._folder = run_dir, run_dir / "seg"
+        self._local = threading.local()
+        self._lock = threading.Lock()
+        self._connections: list[sqlite3.Connection] = []
+        self._files: dict[str, int] = {}
+        self._db()
+
+    def trajectories(
+        self,
+        *,
+        after: Cursor | None = None,
+        limit: int = 100,
+        sort: Sort = "added",
+        descending: bool = False,
+        step: int | None = None,
+        stage: str | None = None,
+        split: str | None = None,
+        group: str | None = None,
+        task: str | None = None,
+        env: str | None = None,
+        reward: tuple[float | None, float | None] = (None, None),
+        all_attempts: bool = False,
+    ) -> Page:
+        """A page of the list; missing rewards sort last. `reward` is a closed range, None = no bound.
+
+        With sort "added", `after` the last cursor seen gives what was added since, in the order of adding.
+        """
+        where: list[str] = ["1"]
+        values: list[object] = []
+        given: dict[str, object] = {"step": step, "stage": stage, "split": split, "group_id": group, "task_id": task}
+        # A unary plus keeps SQLite from choosing the (env, reward) index where it would have to sort afterwards.
+        given["env" if sort == "reward" else "+env"] = env
+        for column, value in given.items():
+            if value is not None:
+                where.append(f"{column} = ?")
+                values.append(value)
+        for bound, sign in zip(reward, (">=", "<="), strict=True):
+            if bound is not None:
+                where.append(f"reward {sign} ?")
+                values.append(bound)
+        if not all_attempts:
+            where.append("latest")
+        column, way = _SORT[sort], "DESC" if descending else "ASC"
+        legs = [f"{column} IS NOT NULL"] + ([f"{column} IS NULL"] if sort == "reward" else [])
+        if after is not None and after.value is None and sort == "reward":
+            legs = legs[1:]
+        rows: list[tuple[Any, ...]] = []
+        for leg in legs:
+            terms, bound_values = [*where, leg], list(values)
+            if after is not None and (after.value is None) == (leg.endswith("IS NULL")):
+                sign = "<" if descending else ">"
+                terms.append(f"({column}, rowid) {sign} (?, ?)" if after.value is not None else f"rowid {sign} ?")
+                bound_values += [after.value, after.rowid] if after.value is not None else [after.rowid]
+            query = (
+                f"SELECT {_COLUMNS} FROM trajectories WHERE {' AND '.join(terms)} "
+                f"ORDER BY {column} {way}, rowid {way} LIMIT ?"
+            )
+            rows += self._rows(query, *bound_values, limit + 1 - len(rows))
+            if len(rows) > limit:
+                break
+        entries = tuple(_entry(row) for row in rows[:limit])
+        more = len(rows) > limit
+        last = entries[-1] if more else None
+        return Page(entries, Cursor(getattr(last, column), last.rowid) if last else None)
+
+    def entry(self, id: str, attempt: int | None = None) -> Entry:
+        """One line of the list. Raises `KeyError` where there is none."""
+        clause, values = _which(id, attempt)
+        rows = self._rows(f"SELECT {_COLUMNS} FROM trajectories WHERE {clause}", *values)
+        if not rows:
+            raise KeyError(_absent(id, attempt))
+        return _entry(rows[0])
+
+    def get(self, id: str, attempt: int | None = None, *, tokens: bool = True) -> Trajectory:
+        """A whole trajectory, equal to what was written; without `tokens`, contexts and outputs stay empty.
+
+        Raises `KeyError` where it is not stored, `TokensNotKept` where `store.tokens` dropped its arrays.
+        """
+        clause, values = _which(id, attempt)
+        rows = self._rows(f"SELECT {_PLACES} FROM trajectories WHERE {clause}", *values)
+        if not rows:
+            raise KeyError(_absent(id, attempt))
+        segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length = rows[0]
+        head = self._frame(segment, offset, length).body
+        read = self._frame(segment, read_offset, read_length).body
+        if not tokens:
+            return trajectory_in(head, read, None)
+        spans = self._spans(tokens_segment or segment, tokens_offset, tokens_length, {})
+        return trajectory_in(head, read, spans)
+
+    def credit(self, id: str, step: int, attempt: int | None = None) -> Credit | None:
+        """What a trajectory was worth at a step (its first membership there), or None."""
+        found = self.credits(id=id, step=step, attempt=attempt)
+        return found[0] if found else None
+
+    def credits(
+        self,
+        *,
+        id: str | None = None,
+        group: str | None = None,
+        step: int | None = None,
+        stage: str | None = None,
+        attempt: int | None = None,
+    ) -> list[Credit]:
+        """The credit of every membership asked for, by (stage, step, group, member)."""
+        given = {"id": id, "group_id": group, "step": step, "stage": stage, "attempt": attempt}
+        asked = {column: value for column, value in given.items() if value is not None}
+        where = " AND ".join([f"{column} = ?" for column in asked] or ["1"])
+        rows = self._rows(
+            f"SELECT segment, offset, length FROM credit WHERE {where} ORDER BY stage, step, group_id, member",
+            *asked.values(),
+        )
+        frames = [self._frame(*row) for row in rows]
+        return [credit_in(frame.meta, frame.body) for frame in frames]
+
+    def inflight(self, step: int | None = None, stage: str | None = None) -> dict[EpisodeKey, list[Turn]]:
+        """The turns, from turn 0 on, of episodes whose latest attempt has turns but no stored trajectory."""
+
+        def wanted(key: EpisodeKey) -> bool:
+            return (step is None or key.step == step) and (stage is None or key.stage == stage)
+
+        found = read_journals(self._folder, wanted)
+        latest: dict[str, int] = {}
+        for key in found:
+            latest[key.id] = max(latest.get(key.id, -1), key.attempt)
+        stored = {id: self.attempt(id) for id in latest}
+        return {
+            key: turns
+            for key, turns in sorted(found.items(), key=lambda item: item[0].id)
+            if key.attempt == latest[key.id] > stored[key.id]
+        }
+
+    def finished(self, step: int, stage: str, split: str | None = None) -> list[str]:
+        """The ids of the stored trajectories of a step, sorted."""
+        rows = self._rows(
+            "SELECT id FROM trajectories "
+            "WHERE step = ?1 AND stage = ?2 AND latest AND ifnull(split = ?3, 1) ORDER BY id",
+            step,
+            stage,
+            split,
+        )
+        return [id for (id,) in rows]
+
+    def attempt(self, id: str) -> int:
+        """The latest stored attempt of a trajectory, -1 where none is stored."""
+        ((attempt,),) = self._rows("SELECT MAX(attempt) FROM trajectories WHERE id = ?", id)
+        return -1 if attempt is None else int(attempt)
+
+    def ids(self) -> list[tuple[str, int]]:
+        """Every (id, latest attempt), sorted."""
+        return [
+            (id, attempt) for id, attempt in self._rows("SELECT id, attempt FROM trajectories WHERE latest ORDER BY id")
+        ]
+
+    def pieces(self, tokens: Iterable[int]) -> dict[int, str]:
+        """The text of each token id, as far as it was stored."""
+        wanted = sorted({int(token) for token in tokens})
+        found: dict[int, str] = {}
+        for i in range(0, len(wanted), 500):
+            part = wanted[i : i + 500]
+            found.update(
+                self._rows(f"SELECT token, piece FROM pieces WHERE token IN ({','.join('?' * len(part))})", *part)
+            )
+        return found
+
+    def image(self, sha256: str) -> Path:
+        """The file of a stored picture. Raises `KeyError` where there is none."""
+        for path in (self._run_dir / "media").iterdir():
+            if path.stem == sha256 and path.suffix != ".part":
+                return path
+        raise KeyError(f"no picture {sha256!r} in {self._run_dir / 'media'}")
+
+    def close(self) -> None:
+        """Close connections and files, of every thread. Idempotent."""
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            for fd in self._files.values():
+                os.close(fd)
+            self._connections.clear()
+            self._files.clear()
+        self._local = threading.local()
+
+    def __enter__(self) -> StoreReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _db(self) -> sqlite3.Connection:
+        if not hasattr(self._local, "connection"):
+            self._local.connection = index.connect_reader(self._run_dir)
+            with self._lock:
+                self._connections.append(self._local.connection)
+        connection: sqlite3.Connection = self._local.connection
+        return connection
+
+    def _rows(self, query: str, *values: object) -> list[Any]:
+        try:
+            return self._db().execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise index.index_failed(self._run_dir / index.NAME, error) from error
+
+    def _frame(self, segment: str, offset: int, length: int) -> Frame:
+        with self._lock:
+            fd = self._files.get(segment)
+            if fd is None:
+                fd = self._files[segment] = os.open(self._folder / segment, os.O_RDONLY)
+        frame = parse(os.pread(fd, length, offset))
+        if frame is None:
+            raise DamagedFrame(f"{self._folder / segment} is damaged at byte {offset}; restore it from a copy")
+        return frame
+
+    def _spans(
+        self, segment: str, offset: int, length: int, known: dict[tuple[str, int], Sequence[Span | None]]
+    ) -> list[Span | None]:
+        """The numbered spans of a TOKENS frame, references resolved; `known` spares what was read already."""
+        if offset < 0:
+            return []
+        try:
+            frame = self._frame(segment, offset, length)
+        except FileNotFoundError:
+            return []
+        sizes = frame.meta[2]
+        table = unpack(frame.body[sum(sizes) :])
+
+        def resolve(owner: str, attempt: int) -> Sequence[Span | None]:
+            if (owner, attempt) not in known:
+                places = "segment, tokens_segment, tokens_offset, tokens_length"
+                rows = self._rows(f"SELECT {places} FROM trajectories WHERE id = ? AND attempt = ?", owner, attempt)
+                found = [self._spans(kept or main, at, n, known) for main, kept, at, n in rows]
+                known[owner, attempt] = found[0] if found else []
+            return known[owner, attempt]
+
+        return spans_of(table, frame.body, sizes, resolve)
+
+
+def _entry(row: Sequence[Any]) -> Entry:
+    fields = dict(zip(Entry.__dataclass_fields__, row, strict=True))
+    fields["success"] = None if fields["success"] is None else bool(fields["success"])
+    fields["latest"] = bool(fields["latest"])
+    return Entry(**fields)
+
+
+def _which(id: str, attempt: int | None) -> tuple[str, tuple[object, ...]]:
+    return ("id = ? AND latest", (id,)) if attempt is None else ("id = ? AND attempt = ?", (id, attempt))
+
+
+def _absent(id: str, attempt: int | None) -> str:
+    return (
+        f"no trajectory {id!r} is stored" if attempt is None else f"no attempt {attempt} of trajectory {id!r} is stored"
+    )
+
+
+__all__ = ["Cursor", "Entry", "Page", "Sort", "StoreReader", "TokensNotKept"]

@@ -1,0 +1,327 @@
+"""Writing: append to the segment, wait for the disk, commit the index row; then it is acknowledged.
+
+Trajectories that share spans in memory (a fork and its parent, siblings and their prompt) share
+them on disk as long as they are of one step. Every method may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from agentrl.content import Image
+from agentrl.errors import RunFailed
+from agentrl.store import index
+from agentrl.store.codec import SpanTable, Stored, trajectory_out
+from agentrl.store.credit import credit_out
+from agentrl.store.frames import Encoder, Kind
+from agentrl.store.journal import Journal
+from agentrl.store.key import EpisodeKey
+from agentrl.store.rebuild import catch_up
+from agentrl.store.segments import Segment, check_writer, disk_failed, number_of, series, write_all
+from agentrl.trajectory import Group, Ids, Trajectory, Turn, as_ids
+
+Keep = Literal["all", "every_n", "last_k"]
+Pieces = Callable[[Ids], list[str]]
+
+
+class StoreWriter:
+    """Appends to the store of one run. One process may hold a writer's name at a time.
+
+    `pieces` gives the text of each id, stored once per run, so that a reader needs no tokenizer.
+    `tokens` says which token arrays to keep: "all", those of every `n`-th step, or of the last `n`
+    steps; messages, observations and credit are always kept. A segment is full at `segment_bytes`.
+
+    Once the disk has refused to write, every method raises `RunFailed`: reopen the run to go on.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        writer: str = "main",
+        pieces: Pieces | None = None,
+        tokens: Keep = "all",
+        n: int = 1,
+        segment_bytes: int = 256 << 20,
+    ) -> None:
+        if n < 1:
+            raise ValueError(f"n must be at least 1, not {n}")
+        self._media, self._folder = run_dir / "media", run_dir / "seg"
+        self._writer, self._full = check_writer(writer), segment_bytes
+        self._keep, self._n = tokens, n
+        self._pieces_of, self._seen = pieces, np.zeros(0, dtype=bool)
+        self._lock = threading.RLock()
+        self._failed: RunFailed | None = None
+        self._closed = False
+        self._encoder = Encoder()
+        self._stored: dict[int, Stored] = {}  # spans of the present step, by identity
+        self._moment: tuple[str, int] | None = None
+        self._credit: list[tuple[Any, ...]] = []
+        self._unsynced: list[Path] = []
+        self._token_segment: Segment | None = None
+        for folder in (self._folder, self._media):
+            folder.mkdir(parents=True, exist_ok=True)
+        own = series(self._folder, writer)
+        self._segment = Segment(own[-1] if own else self._folder / f"{writer}-0.bin")
+        self._index_path = run_dir / index.NAME
+        self._db = index.connect(run_dir)
+        self._recover(own)
+        self._journal = Journal(self._folder, writer, self._latest)
+        if pieces is not None:
+            known = [int(token) for (token,) in self._db.execute("SELECT token FROM pieces")]
+            self._grow(max(known, default=-1) + 1)
+            self._seen[known] = True
+
+    def _recover(self, own: Sequence[Path]) -> None:
+        """Index what was appended but not committed before a crash, and cut the torn tail."""
+        self._db.execute("BEGIN IMMEDIATE")
+        for path in own:
+            row = self._db.execute("SELECT indexed FROM segments WHERE name = ?", (path.name,)).fetchone()
+            start = int(row[0]) if row else 0
+            if path.stat().st_size > start:
+                end = catch_up(self._db, path, start)
+                if path == self._segment.path and end < self._segment.end:
+                    self._segment.cut(end)
+        self._db.execute("COMMIT")
+
+    def _latest(self, id: str) -> int:
+        (attempt,) = self._db.execute("SELECT MAX(attempt) FROM trajectories WHERE id = ?", (id,)).fetchone()
+        return -1 if attempt is None else int(attempt)
+
+    # -- what the rollout manager and the trainer call ------------------------------------------
+
+    def turn(self, key: EpisodeKey, index: int, turn: Turn) -> None:
+        """Write turn `index` of an episode in flight ahead of its trajectory. Survives the process, unsynced.
+
+        `key.id` must be the id of the trajectory to come. A branch writes the turns it inherits, too.
+        """
+        with self._lock, self._guard():
+            self._journal.append(key, index, turn)
+
+    def forget(self, key: EpisodeKey) -> None:
+        """The episode will never finish (cancelled, superseded): it is no longer in flight."""
+        with self._lock, self._guard():
+            self._journal.forget(key.id, key.attempt)
+
+    def add(self, trajectories: Sequence[Trajectory], *, step: int, stage: str, split: str = "train") -> None:
+        """Store finished trajectories: when this returns, they survive a crash of the machine.
+
+        Raises `ValueError` where an (id, attempt) is stored already, and `TypeError` where one holds a
+        value that no record can hold; it then stores none of them.
+        """
+        with self._lock, self._guard():
+            if self._moment != (stage, step):
+                self._stored.clear()
+                self._moment = (stage, step)
+                self._roll_tokens()
+            self._roll()
+            batch = _Batch(self._segment.end, self._token_segment.end if self._token_segment else -1)
+            try:
+                for trajectory in trajectories:
+                    self._encode(batch, trajectory, step, stage, split)
+                self._encode_pieces(batch)
+                self._commit(batch)
+            except (TypeError, ValueError):
+                self._stored.clear()  # what was to be shared is not there
+                raise
+            for trajectory in trajectories:
+                self._journal.forget(trajectory.id, trajectory.attempt)
+            self._journal.tidy()
+
+    def credit(self, group: Group, *, step: int, stage: str = "rl") -> None:
+        """Append what each member of a group was worth at `step`. Readers see it after the next `add` or `flush`.
+
+        Credit of the same (stage, step, group, member) written again supersedes what was there.
+        """
+        with self._lock, self._guard():
+            for number, member in enumerate(group.members):
+                meta, body = credit_out(group, number, member, step=step, stage=stage)
+                frame = self._encoder.frame(Kind.CREDIT, meta, body)
+                facts = meta[: len(index.CREDIT_FACTS)]
+                self._credit.append((*facts, self._segment.name, self._segment.append(frame), len(frame)))
+            self._segment.flush()
+
+    def image(self, image: Image) -> None:
+        """Keep a picture as media/<sha256>.<ext>; a picture that is there already costs nothing."""
+        path = self._media / f"{image.sha256}{mimetypes.guess_extension(image.mime) or '.bin'}"
+        with self._lock, self._guard():
+            if path.exists():
+                return
+            part = path.with_suffix(".part")
+            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+            try:
+                write_all(fd, image.data)
+            except OSError as error:
+                raise disk_failed(path, error) from error
+            finally:
+                os.close(fd)
+            part.replace(path)
+            self._unsynced.append(path)
+
+    def flush(self) -> None:
+        """Acknowledge credit appended so far."""
+        with self._lock, self._guard():
+            self._commit(_Batch(self._segment.end, -1))
+
+    def close(self) -> None:
+        """Acknowledge everything and let go of the files. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                if self._failed is None and (self._credit or self._unsynced):
+                    self.flush()
+            finally:
+                self._closed = True
+                self._journal.close()
+                self._segment.close()
+                if self._token_segment is not None:
+                    self._token_segment.close()
+                self._db.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """Refuse to go on after a failure of the disk, and turn SQLite's failures into sentences."""
+        if self._closed:
+            raise RuntimeError("this StoreWriter is closed")
+        if self._failed is not None:
+            raise self._failed
+        try:
+            yield
+        except RunFailed as error:
+            self._failed = error
+            raise
+        except sqlite3.DatabaseError as error:
+            self._failed = index.index_failed(self._index_path, error)
+            raise self._failed from error
+
+    def _roll(self) -> None:
+        """Start a new segment where the present one is full."""
+        if self._segment.end >= self._full:
+            self._commit(_Batch(self._segment.end, -1))
+            self._segment.close()
+            number = number_of(self._segment.path) + 1
+            self._segment = Segment(self._folder / f"{self._writer}-{number}.bin")
+
+    def _roll_tokens(self) -> None:
+        """With tokens="last_k", arrays stand in a file per step, and only the last `n` files are kept."""
+        if self._keep == "last_k":
+            old = series(self._folder, self._writer, "tokens")
+            if self._token_segment is not None:
+                self._token_segment.close()
+            number = number_of(old[-1]) + 1 if old else 0
+            self._token_segment = Segment(self._folder / f"{self._writer}-{number}.tokens")
+            for path in [*old, self._token_segment.path][: -self._n]:
+                path.unlink()
+
+    def _encode(self, batch: _Batch, trajectory: Trajectory, step: int, stage: str, split: str) -> None:
+        """Add a trajectory's frames and its index row to the batch."""
+        frame = self._encoder.frame
+        table = SpanTable(self._stored)
+        head, observations = trajectory_out(trajectory, table)
+        name = (trajectory.id, trajectory.attempt)
+        tokens = ("", -1, 0)
+        if self._keep != "every_n" or step % self._n == 0:
+            arrays, sizes = table.arrays()
+            block = frame(Kind.TOKENS, (*name, sizes), arrays + self._encoder.pack(table.rows))
+            if self._token_segment is None:
+                tokens = ("", batch.put(block), len(block))
+            else:
+                tokens = (self._token_segment.name, batch.put_tokens(block), len(block))
+            for number, span in table.own():
+                self._stored[id(span)] = Stored(span, *name, number)
+            if self._pieces_of is not None:
+                batch.ids += table.ids
+        block = frame(Kind.OBSERVATIONS, name, self._encoder.pack(observations))
+        read = (batch.put(block), len(block))
+        facts = index.facts_of(trajectory, step=step, stage=stage, split=split, tokens=tokens, read=read)
+        block = frame(Kind.TRAJECTORY, facts, self._encoder.pack(head))
+        batch.rows.append((*facts, self._segment.name, batch.put(block), len(block)))
+
+    def _encode_pieces(self, batch: _Batch) -> None:
+        """Add the text of ids that the run has not seen before."""
+        if self._pieces_of is None or not batch.ids:
+            return
+        ids = np.frombuffer(b"".join(batch.ids), "<i4")
+        self._grow(int(ids.max(initial=0)) + 1)
+        fresh = np.unique(ids[~self._seen[ids]]).astype(np.int32)
+        if fresh.size:
+            batch.pieces = list(zip(fresh.tolist(), self._pieces_of(as_ids(fresh)), strict=True))
+            batch.put(self._encoder.frame(Kind.PIECES, (), self._encoder.pack(list(zip(*batch.pieces, strict=True)))))
+
+    def _grow(self, size: int) -> None:
+        if size > self._seen.size:
+            self._seen = np.pad(self._seen, (0, size - self._seen.size))
+
+    def _commit(self, batch: _Batch) -> None:
+        """Rows into an open transaction, frames onto the disk, and only then the commit."""
+        segment, tokens = self._segment, self._token_segment
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                index.insert(self._db, trajectories=batch.rows, credit=self._credit, pieces=batch.pieces)
+            except sqlite3.IntegrityError as error:
+                raise ValueError(f"an (id, attempt) is stored already; write the next attempt ({error})") from error
+            for path in self._unsynced:
+                _sync(path)
+            if tokens is not None:
+                tokens.append(b"".join(batch.token_frames))
+                tokens.sync()
+            for block in batch.frames:
+                segment.append(block)
+            segment.sync()
+            index.insert(self._db, extents=[(segment.name, segment.end)])
+        self._seen[[token for token, _ in batch.pieces]] = True
+        self._credit.clear()
+        self._unsynced.clear()
+
+
+class _Batch:
+    """Frames to be appended together, with the offsets that they will have."""
+
+    def __init__(self, end: int, tokens_end: int) -> None:
+        self._end, self._tokens_end = end, tokens_end
+        self.frames: list[bytes] = []
+        self.token_frames: list[bytes] = []
+        self.rows: list[tuple[Any, ...]] = []
+        self.ids: list[bytes] = []
+        self.pieces: list[tuple[int, str]] = []
+
+    def put(self, frame: bytes) -> int:
+        at = self._end
+        self.frames.append(frame)
+        self._end += len(frame)
+        return at
+
+    def put_tokens(self, frame: bytes) -> int:
+        at = self._tokens_end
+        self.token_frames.append(frame)
+        self._tokens_end += len(frame)
+        return at
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fdatasync(fd)
+    except OSError as error:
+        raise disk_failed(path, error) from error
+    finally:
+        os.close(fd)
