@@ -155,12 +155,22 @@ class Env:
     # -- what the framework asks; not meant to be overridden ------------------------------------
 
     _template: Env | None = None
+    _prepared: bool = False
     _tool_cache: ClassVar[dict[type, dict[str, Tool]]] = {}
 
     @property
     def template(self) -> Env:
         """The instance this episode was spawned from (itself, for a template)."""
         return self._template or self
+
+    async def prepare(self) -> None:
+        """Run `setup`, the toolkits' too, unless that was done before: what every runner calls first."""
+        template = self.template
+        if not template._prepared:
+            template._prepared = True
+            await settled(template.setup())
+            for kit in template.tools:
+                await settled(kit.setup())
 
     def toolbox(self) -> dict[str, tuple[Any, Tool]]:
         """Every tool by name with the object it acts on: the environment's own, then its toolkits'."""

@@ -36,7 +36,7 @@ def main(fd: int) -> None:
     failure = ""
     try:
         template = _template(order)
-        asyncio.run(_set_up(template))
+        asyncio.run(template.prepare())
     except (Exception, SystemExit) as error:
         failure = f"{order['class']} cannot be made in a worker process: {first_line(error)}"
     workers: dict[int, int] = {}
@@ -83,12 +83,6 @@ def _template(order: dict[str, Any]) -> Env:
     assert isinstance(made, Env)
     vars(made).update(order["set"])
     return made
-
-
-async def _set_up(template: Env) -> None:
-    await template.setup()
-    for kit in template.tools:
-        await kit.setup()
 
 
 def _reap(workers: dict[int, int]) -> None:
