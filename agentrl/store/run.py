@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from agentrl.errors import UsageError
+from agentrl.store.segments import disk_failed
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "peft", "gymnasium", "pydantic")
 _LOCK = "run.lock"
@@ -109,6 +110,11 @@ class RunFolder:
         return run
 
     @property
+    def attempt(self) -> int:
+        """How often the run was resumed: 0 the first time."""
+        return len(self.info.resumed)
+
+    @property
     def config_path(self) -> Path:
         return self.path / "config.resolved.yaml"
 
@@ -160,13 +166,19 @@ def _take(path: Path) -> int:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old one or the new one, whole."""
+    """Write a text file so that a reader, or a crash, sees the old one or the new one, whole.
+
+    Raises `RunFailed` where the disk refuses.
+    """
     part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise disk_failed(path, error) from error
 
 
 def versions() -> dict[str, str]:

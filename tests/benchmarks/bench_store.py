@@ -36,7 +36,28 @@ from agentrl.trajectory import (
     as_ids,
 )
 
-WORDS = ["the", "tool", "says", "that", "this", "order", "number", "is", "priced", "at", "about", "seven", "and", "then", "the", "agent", "looks", "it", "up", "again"]
+WORDS = [
+    "the",
+    "tool",
+    "says",
+    "that",
+    "this",
+    "order",
+    "number",
+    "is",
+    "priced",
+    "at",
+    "about",
+    "seven",
+    "and",
+    "then",
+    "the",
+    "agent",
+    "looks",
+    "it",
+    "up",
+    "again",
+]
 
 
 def episode(rng: np.random.Generator, key: EpisodeKey, turns: int, tokens: int) -> Trajectory:
