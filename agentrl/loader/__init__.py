@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from ruamel.yaml import YAML
 
 from agentrl.errors import UsageError
-from agentrl.loader import overlay
+from agentrl.loader import environment, overlay
 from agentrl.loader.complaints import complaints
 from agentrl.loader.layers import Layers, Node
 from agentrl.loader.overlay import Overlay
@@ -50,6 +50,17 @@ class Loaded(Generic[M]):
     origin: Mapping[str, str]
     resolved: dict[str, Any]
 
+    @property
+    def yaml(self) -> str:
+        """`resolved` as text: what config.resolved.yaml holds."""
+        return to_yaml(self.resolved)
+
+    def place(self, path: str) -> str | None:
+        """Where the key at a dotted `path`, or the nearest key around it, was set; None where nowhere."""
+        steps = path.split(".")
+        tried = (".".join(steps[:length]) for length in range(len(steps), 0, -1))
+        return next((self.origin[key] for key in tried if key in self.origin), None)
+
 
 @overload
 def load(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> Loaded[Any]: ...
@@ -61,7 +72,8 @@ def load(
     """Merge `paths` from left to right, apply `overrides`, validate once.
 
     `schema` takes the configuration's `imports:` and returns the pydantic model to validate with; by
-    default `agentrl.config.prepare`. Raises `ConfigError` with all that is wrong.
+    default `agentrl.config.prepare`, and then the environment is found and its model checks its options.
+    Raises `ConfigError` with all that is wrong.
     """
     layers = Layers()
     files = [layer for path in paths for layer in layers.file(Path(path))]
@@ -70,14 +82,15 @@ def load(
         raise ConfigError(layers.mistakes)
     where = str(paths[0]) if paths else "the command line"
     model = _model(schema or _default_schema, Overlay().build(files, steps, where), layers)
-    root = Overlay(Slot((model,)), layers).build(files, steps, where)
+    slot = Slot((model,))
+    root = Overlay(slot, layers).build(files, steps, where)
+    found = environment.check(root, slot) if schema is None else []
     try:
         config = model.model_validate(root.plain())
     except ValidationError as error:
-        found = [each for each in complaints(error, root, model) if each.where not in layers.broken]
-        raise ConfigError([*layers.mistakes, *found]) from None
-    if layers.mistakes:
-        raise ConfigError(layers.mistakes)
+        found = [*complaints(error, root, model), *found]
+    if layers.mistakes or found:
+        raise ConfigError([*layers.mistakes, *(each for each in found if each.where not in layers.broken)])
     return Loaded(config, origins(root), _resolved(config, root))
 
 

@@ -23,15 +23,18 @@ _LISTED = 12
 _QUOTED = re.compile(r"'([^']*)'")
 
 
-def complaints(error: ValidationError, root: Node, model: type[BaseModel]) -> list[UsageError]:
-    """One `UsageError` per mistake in `error`, in the order in which pydantic met them."""
+def complaints(error: ValidationError, root: Node, model: type[BaseModel], above: str = "") -> list[UsageError]:
+    """One `UsageError` per mistake in `error`, in the order in which pydantic met them.
+
+    `above` is the dotted path of `root` itself, where it is not the whole configuration."""
     seen: dict[str, UsageError] = {}
     for detail in error.errors(include_url=False):
         spot = _follow(detail, root, Slot((model,)))
         text, where = _sentence(detail, spot, model), spot.node.where
         if detail["type"] == "value_error":
             where = _subject(text, spot.node).where
-        made = UsageError(f"{spot.path}: {text}" if spot.path else text, where=where)
+        path = ".".join(filter(None, (above, spot.path)))
+        made = UsageError(f"{path}: {text}" if path else text, where=where)
         seen.setdefault(str(made), made)
     return list(seen.values())
 
