@@ -21,13 +21,12 @@ from gymnasium import spaces
 
 from agentrl.chat.calls.base import Malformed
 from agentrl.chat.calls.jsonlike import HermesCalls
-from agentrl.content import images_of, text_of
-from agentrl.env import Env, Episode
+from agentrl.env import Env
 from agentrl.errors import EnvError, UsageError
-from agentrl.host import Answer, Host
 from agentrl.registry import find_env, list_envs
 from agentrl.task import Task
-from agentrl.trajectory import Outcome, Sampling, ToolCall, ToolUse, Turn
+from agentrl.textual import TextEpisode
+from agentrl.trajectory import ToolCall
 
 T = TypeVar("T")
 LONGEST = 1 << 24  # characters of an observation or an action
@@ -86,11 +85,8 @@ class GymEnv(gymnasium.Env[str, str]):
         self._seed: int | None = seed
         self._tasks: Iterator[Task] = iter(())
         self._stream = seed
-        self._task = Task("", "")
-        self._host: Host | None = None
-        self._turns: list[Turn] = []
+        self._episode: TextEpisode | None = None
         self._lines: list[str] = []
-        self._over = True
         self._format = HermesCalls()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -102,22 +98,18 @@ class GymEnv(gymnasium.Env[str, str]):
         super().reset(seed=seed)
         if seed is not None:
             self._tasks, self._stream = iter(self.env.tasks(self.split, seed)), seed
-        self._task = (options or {}).get("task") or self._next_task()
-        self._turns, self._over = [], False
-        _run(self._close_host())
-        self._host = Host(self.env, self._task, (int(self.np_random.integers(2**63)),))
-        first = _run(self._open(self._host))
-        pieces = [self._task.system or "", text_of(self._task.prompt), text_of(first.content) if first else ""]
-        observation = "\n\n".join(piece for piece in pieces if piece)
+        task = (options or {}).get("task") or self._next_task()
+        _run(self._drop())
+        self._episode = TextEpisode(self.env, task, (int(self.np_random.integers(2**63)),))
+        observation = _run(self._open(self._episode))
         self._lines = [observation]
-        self._over = bool(first and first.done)
-        return observation, {"task_id": self._task.id, "tools": self.env.tool_schemas()}
+        return observation, {"task_id": task.id, "tools": self.env.tool_schemas()}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         """Say one message: (observation, reward, terminated, truncated, info)."""
-        if self._over or self._host is None:
+        if self._episode is None or self._episode.outcome is not None:
             raise EnvError("the episode is over: call reset() before step()")
-        return _run(self._step(self._host, action))
+        return _run(self._step(self._episode, action))
 
     def render(self) -> str | None:
         """The transcript so far, in mode "ansi"."""
@@ -125,8 +117,7 @@ class GymEnv(gymnasium.Env[str, str]):
 
     def close(self) -> None:
         """Release the running episode. Idempotent."""
-        self._over = True
-        _run(self._close_host())
+        _run(self._drop())
 
     def _next_task(self) -> Task:
         for _ in range(2):
@@ -135,73 +126,42 @@ class GymEnv(gymnasium.Env[str, str]):
             self._tasks = iter(self.env.tasks(self.split, self._stream))  # a finite split starts over
         raise UsageError(f"{type(self.env).__name__} has no tasks in split {self.split!r}")
 
-    async def _open(self, host: Host) -> Any:
+    async def _open(self, episode: TextEpisode) -> str:
         await self.env.prepare()
-        return await host.reset()
+        return await episode.open()
 
-    async def _close_host(self) -> None:
-        host, self._host = self._host, None
-        if host is not None:
-            await host.close()
+    async def _drop(self) -> None:
+        episode, self._episode = self._episode, None
+        if episode is not None:
+            await episode.close()
 
-    async def _step(self, host: Host, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    async def _step(self, episode: TextEpisode, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
         calls: tuple[ToolCall, ...] = ()
-        answers: list[Answer] = []
-        said, malformed, done = action, "", False
-        rewards: list[float | None] = []
+        text, malformed = action, ""
         try:
             found = self._format.find(action, False, {})
-            calls, said = found.calls, found.rest
+            calls, text = found.calls, found.rest
         except Malformed as error:
             malformed = f"Error: {error}"
-        if calls:
-            answers = await host.call_all(calls)
-            done = any(answer.done for answer in answers)
-            rewards = [answer.reward for answer in answers]
-            contents = [answer.content for answer in answers]
-        elif malformed:
-            contents = [malformed]
-        else:
-            reply = await host.reply(said.strip())
-            done = reply is None or reply.done
-            rewards = [reply.reward] if reply is not None else []
-            contents = [reply.content] if reply is not None else []
-        observation = "\n".join(text_of(content) for content in contents)
-        earned = [reward for reward in rewards if reward is not None]
-        uses = tuple(ToolUse(call, answer.result) for call, answer in zip(calls, answers, strict=True))
-        turn = Turn(
-            context=(),
-            output=(),
-            text=action,
-            final_text=said.strip(),
-            sampling=Sampling(),
-            finish="stop",
-            tools=uses,
-            observation=observation,
-            error="parse" if malformed else None,
-            reward=float(sum(earned)) if earned else None,
-        )
-        self._turns.append(turn)
-        self._lines += [f"> {action}", observation]
-        truncated = not done and len(self._turns) >= self.env.max_turns
+        heard = await episode.say(text.strip(), calls, raw=action, malformed=malformed)
+        self._lines += [f"> {action}", heard.observation]
+        results = [answer.result for answer in heard.answers]
         info: dict[str, Any] = {
-            "task_id": self._task.id,
+            "task_id": episode.task.id,
             "calls": [
-                {"name": use.call.name, "ok": use.result.ok, "error": use.result.error, "cost": use.result.cost}
-                for use in uses
+                {"name": call.name, "ok": result.ok, "error": result.error, "cost": result.cost}
+                for call, result in zip(calls, results, strict=True)
             ],
-            "images": [image.data for content in contents for image in images_of(content)],
+            "images": [image.data for image in heard.images],
         }
-        reward = float(sum(earned))
-        if done or truncated:
-            self._over = True
-            answered = not calls and not contents
-            outcome = Outcome("truncated", "turns") if truncated else Outcome("completed" if answered else "terminated")
-            parts, total, success = await host.score(Episode(self._task, tuple(self._turns), outcome))
+        reward, outcome = heard.reward or 0.0, episode.outcome
+        if outcome is not None:
+            parts, total, success = await episode.score()
             info |= {"outcome": str(outcome), "score": parts, "success": success, "missing": total is None}
             reward += total or 0.0
-            await self._close_host()
-        return observation, reward, done, truncated, info
+            await episode.close()
+        truncated = outcome is not None and outcome.kind == "truncated"
+        return heard.observation, reward, outcome is not None and not truncated, truncated, info
 
 
 def register(spec: str) -> str:
