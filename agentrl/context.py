@@ -51,7 +51,7 @@ class Memory(ContextPolicy):
     entry: str = "{n}. {tool}({arguments}) -> {result}"
 
     def rebuild(self, prompt: Sequence[Message], episode: Episode) -> list[Message] | None:
-        lines = []
+        lines: list[str] = []
         for turn in episode.turns:
             for use in turn.tools:
                 arguments = ", ".join(json.dumps(v, ensure_ascii=False) for v in use.call.arguments.values())

@@ -115,7 +115,7 @@ class SharedPrefix(AdvantageTransform):
             mean = np.mean([(member.advantages or [])[index] for member, index in places], axis=0, dtype=np.float64)
             for member, index in places:
                 if member.advantages is not None:
-                    member.advantages[index] = mean.astype(np.float32)
+                    member.advantages[index] = np.asarray(mean, dtype=np.float32)
         if self.count == "once":
             for member, index in places:
                 if member.weights is None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from agentrl.algo.component import Component
 from agentrl.algo.state import StateStore
+from agentrl.errors import UsageError
 from agentrl.task import Task
 from agentrl.trajectory import Group
 
@@ -30,9 +31,9 @@ class TaskStream:
     Only the position is state: `seek` re-reads the generator, so nothing is lost or repeated.
     """
 
-    def __init__(self, tasks: Iterable[Task] | Any, make: Any = None) -> None:
-        self._make = make or (lambda: tasks)
-        self._iterator: Iterator[Task] = iter(self._make())
+    def __init__(self, make: Callable[[], Iterable[Task]]) -> None:
+        self._make = make
+        self._iterator: Iterator[Task] = iter(make())
         self.position = 0
 
     def take(self, n: int) -> list[Task]:
@@ -44,8 +45,6 @@ class TaskStream:
                 self._iterator = iter(self._make())
                 task = next(self._iterator, None)
                 if task is None:
-                    from agentrl.errors import UsageError
-
                     raise UsageError("the environment yields no tasks for this split: let tasks() yield at least one")
             out.append(task)
             self.position += 1

@@ -76,6 +76,7 @@ class Actor(Protocol):
     name: str
     source: Source
     max_context: int | None
+    vocab_size: int
 
     def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
         """A conversation for the episode `session` in `group`, with the environment's tools."""
@@ -100,6 +101,7 @@ class PolicyActor:
     ) -> None:
         self.engine = engine
         self.chat = chat
+        self.vocab_size = chat.vocab_size
         self.sampling = replace(sampling, stop_ids=chat.stop_ids)
         self.name = name
         self.max_context: int | None = engine.capabilities.max_context or None
@@ -172,6 +174,7 @@ class ExpertActor:
 
     def __init__(self, chat: ChatFormat, *, name: str = "policy", origin: Origin = "demo") -> None:
         self.chat = chat
+        self.vocab_size = chat.vocab_size
         self.name = name
         self.origin = origin
 

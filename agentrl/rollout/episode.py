@@ -189,6 +189,8 @@ class LiveEpisode:
         child.fork_point = Fork(self.id, len(self.turns), self._conversation.n_tokens)
         child._host = await self._host.fork()
         child._conversation = await self._conversation.fork(child.id)
+        for index, turn in enumerate(child.turns):
+            self._hooks.turn(child, index, turn)
         return child
 
     def replay(self, recorded: Sequence[Turn]) -> None:

@@ -121,13 +121,18 @@ class RolloutManager:
         Raises `RunFailed` when too many episodes broke in the environment. Cancelling cancels every
         episode and releases what it holds.
         """
+        samples = max((draw.samples for draw in draws), default=1)
+        # A forking strategy holds a whole group of episodes, so it is admitted by groups: admitting its
+        # episodes one by one could leave every group waiting for the last places of the others.
+        groups = max(1, self.limits.episodes // samples) if strategy.needs_fork else len(draws)
+        admitted = asyncio.Semaphore(max(1, groups))
         batch = _Batch(stage, sum(draw.samples for draw in draws), asyncio.Semaphore(self.limits.episodes))
         setting = Setting(stage, split, actor, context or AppendOnly(), attempt, recorded or Recorded())
         plays = [Play(self, draw, setting, batch, self._key(draw, setting)) for draw in draws]
         watchdog = asyncio.create_task(self._watch(), name="watchdog")
         try:
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(strategy.run(play.draw, play)) for play in plays]
+                running = [tasks.create_task(_admit(admitted, strategy, play)) for play in plays]
         except BaseExceptionGroup as errors:
             raise _first(errors) from errors
         finally:
@@ -305,6 +310,11 @@ class Play:
         self._batch = batch
         self._first, self.group_id = key
 
+    @property
+    def vocab_size(self) -> int:
+        """The policy's vocabulary: entropies are measured against its logarithm."""
+        return self.setting.actor.vocab_size
+
     def rng(self, *keys: str | int) -> np.random.Generator:
         """A random stream of the strategy's own, named by `keys`."""
         return _rng(seed_of(self._manager.seed, self.group_id, "strategy", *keys))
@@ -363,6 +373,11 @@ class Play:
         self._manager.live.pop(episode.id, None)
         if self._manager.recorder is not None:
             self._manager.recorder.forget(episode.key)
+
+
+async def _admit(places: asyncio.Semaphore, strategy: RolloutStrategy, play: Play) -> Group:
+    async with places:
+        return await strategy.run(play.draw, play)
 
 
 def _rng(seed: int) -> np.random.Generator:

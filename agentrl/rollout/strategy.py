@@ -22,6 +22,7 @@ class RolloutStrategy(Component):
 
     point: ClassVar[str] = "strategy"
     needs_entropy: ClassVar[bool] = False
+    needs_fork: ClassVar[bool] = False
 
     async def run(self, draw: TaskDraw, play: Play) -> Group:
         """Play `draw.samples` episodes in any shape."""

@@ -1,0 +1,187 @@
+"""The verbs of the command line as Python functions: train, evaluate, rollout, export.
+
+torch is loaded when one of them is called, not before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from agentrl.config import SCHEMA_VERSION, Config, parse
+from agentrl.console import Reporter, make_reporter
+from agentrl.errors import UsageError
+from agentrl.loader import load, to_yaml
+from agentrl.store import RunFolder
+from agentrl.train.options import HFModel
+from agentrl.tuning import tune
+
+if TYPE_CHECKING:
+    from agentrl.metrics import Summary
+
+ConfigLike = Config | Mapping[str, Any] | str | Path
+Decode = Literal["sampled", "greedy"]
+
+
+def train(
+    config: ConfigLike,
+    *,
+    overrides: Sequence[str] = (),
+    resume: bool = False,
+    dry_run: bool = False,
+    reporter: Reporter | None = None,
+) -> Summary | None:
+    """Train to the end; the run folder is `<out>/<name>`.
+
+    `resume` goes on from the newest checkpoint with the same numbers as a run that was never killed.
+    `dry_run` checks everything, reports the plan, trains nothing and returns None.
+    """
+    resolved = as_config(config, overrides)
+    tune()
+    reporter = reporter or make_reporter()
+    try:
+        from agentrl.train.plan import check, plan_rows
+
+        check(resolved)
+        reporter.plan(plan_rows(resolved))
+        if dry_run:
+            return None
+        from agentrl.train.trainer import Trainer
+
+        path = Path(resolved.out) / resolved.name
+        text = to_yaml(resolved.model_dump(mode="json"))
+        with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv, resume=resume) as folder:
+            summary = asyncio.run(Trainer(resolved, folder, reporter).run())
+        reporter.finished(asdict(summary), next_commands(path))
+        return summary
+    finally:
+        reporter.close()
+
+
+def next_commands(path: Path) -> list[str]:
+    """What a person does after a run."""
+    return [
+        f"agentrl eval {path}",
+        f"agentrl export hf {path} {path}/model",
+        "agentrl env new my_env",
+    ]
+
+
+def evaluate(
+    source: ConfigLike,
+    *,
+    checkpoint: str | None = None,
+    model: str | Path | None = None,
+    endpoint: str | None = None,
+    endpoint_model: str | None = None,
+    n: int | None = None,
+    samples: int = 1,
+    decode: Sequence[Decode] = ("sampled", "greedy"),
+    split: str | None = None,
+    reporter: Reporter | None = None,
+) -> list[dict[str, Any]]:
+    """Evaluate on held-out tasks; one `eval` record per decode mode.
+
+    `source` is a run folder (its `checkpoint`: "best", "last", or a folder) or a configuration, with
+    `model` a Hugging Face folder or `endpoint` and `endpoint_model` an OpenAI-compatible server in
+    place of the run's policy. `samples` > 1 adds pass@k to the sampled record.
+    """
+    run = _run_folder(source)
+    config = as_config(run / "config.resolved.yaml" if run else source)
+    tune()
+    reporter = reporter or make_reporter()
+    try:
+        from agentrl.train.judge import Judge
+
+        judge = Judge(config, reporter, n=n, samples=samples, split=split)
+        if endpoint is not None:
+            return asyncio.run(judge.endpoint(endpoint, endpoint_model or "", decode))
+        if model is not None:
+            config = config.model_copy(update={"model": HFModel(path=str(model))})
+            return asyncio.run(Judge(config, reporter, n=n, samples=samples, split=split).policy(None, None, decode))
+        return asyncio.run(judge.policy(run, _checkpoint(run, checkpoint), decode))
+    finally:
+        reporter.close()
+
+
+def rollout(config: ConfigLike, *, out: str | Path, n: int = 16, reporter: Reporter | None = None) -> Path:
+    """Play `n` training tasks with the configuration's policy and record them in the new folder `out`."""
+    resolved = as_config(config)
+    tune()
+    reporter = reporter or make_reporter()
+    try:
+        from agentrl.train.judge import Judge
+
+        path = Path(out)
+        text = to_yaml(resolved.model_dump(mode="json"))
+        with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv) as folder:
+            asyncio.run(Judge(resolved, reporter, n=n, split="train").record(folder.path))
+        reporter.note(f"recorded in {path}")
+        return path
+    finally:
+        reporter.close()
+
+
+def export(source: str | Path, folder: str | Path, *, merge: bool = True, checkpoint: str | None = None) -> Path:
+    """Write a run's policy (or one of its checkpoints) as a Hugging Face folder, LoRA merged or not."""
+    run = _run_folder(source)
+    if run is None:
+        parent = Path(source).parent.parent
+        run, checkpoint = _run_folder(parent), str(source)
+    if run is None:
+        raise UsageError(f"{source} is neither a run folder nor one of its checkpoints; name one of them")
+    out = Path(folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not empty; name a new folder")
+    tune()
+    from agentrl.train.judge import restored_policy
+
+    policy = asyncio.run(restored_policy(as_config(run / "config.resolved.yaml"), run, _checkpoint(run, checkpoint)))
+    policy.save_hf(out, merge=merge)
+    return out
+
+
+def _run_folder(source: object) -> Path | None:
+    if isinstance(source, str | Path) and (Path(source) / "run.json").is_file():
+        return Path(source)
+    return None
+
+
+def _checkpoint(run: Path | None, name: str | None) -> Path | None:
+    """The checkpoint that `name` means: "best" (the default), "last", or a folder."""
+    if run is None:
+        if name is None:
+            return None
+        return Path(name)
+    folder = run / "checkpoints"
+    if name is None or name == "best":
+        if (folder / "best").is_dir():
+            return folder / "best"
+        if name == "best":
+            raise UsageError(f"{run} has no best checkpoint yet (none was evaluated); use --checkpoint last")
+    if name in (None, "last"):
+        from agentrl.train.checkpoint import latest
+
+        found = latest(folder)
+        if found is None:
+            raise UsageError(f"{run} has no checkpoint yet; train longer, or lower checkpoint.every")
+        return found
+    return Path(name) if Path(name).is_dir() else folder / str(name)
+
+
+def as_config(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
+    """A validated configuration from a file, a dictionary, or one that is already validated."""
+    if isinstance(config, Config):
+        if overrides:
+            raise UsageError("overrides go with a file or a dictionary; use config.model_copy(update=…) instead")
+        return config
+    if isinstance(config, Mapping):
+        if overrides:
+            raise UsageError("overrides go with a configuration file; put the values into the dictionary instead")
+        return parse(config)
+    loaded: Any = load([Path(config)], overrides)
+    return loaded.config  # type: ignore[no-any-return]

@@ -1,0 +1,120 @@
+"""Playing without training: evaluation of any policy, and plain rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentrl.config import Config, EvalSection
+from agentrl.console import Reporter
+from agentrl.context import AppendOnly, ContextPolicy
+from agentrl.rollout.actors import Actor
+from agentrl.rollout.endpoint import Endpoint, EndpointActor
+from agentrl.rollout.strategy import FlatRollouts
+from agentrl.store import StoreWriter
+from agentrl.train import checkpoint
+from agentrl.train.evaluation import Decode, draws_for, summarise
+from agentrl.train.parts import make_chat, make_engine, make_env, make_manager, make_policy, policy_actor, take
+from agentrl.train.policy import Policy
+from agentrl.train.stages import RLStage
+from agentrl.trajectory import Group
+
+
+async def restored_policy(config: Config, run: Path | None, at: Path | None) -> Policy:
+    """The configuration's policy, with the weights of the checkpoint `at` where there is one."""
+    policy = await make_policy(config, make_env(config), run)
+    if at is not None:
+        progress, tensors = checkpoint.load(at)
+        policy.load_state(tensors["policy"])
+        policy.version = progress.version
+    return policy
+
+
+class Judge:
+    """Plays held-out (or training) tasks with one configuration's environment."""
+
+    def __init__(
+        self, config: Config, reporter: Reporter, *, n: int | None = None, samples: int = 1, split: str | None = None
+    ) -> None:
+        self.config = config
+        self.reporter = reporter
+        self.settings = config.eval or EvalSection()
+        self.samples = samples
+        self.split = split or self.settings.split
+        self.env = make_env(config)
+        self.tasks = take(self.env, n or self.settings.tasks, seed=config.seed, split=self.split)
+
+    @property
+    def context(self) -> ContextPolicy:
+        """The context policy that the policy was (or would be) trained with."""
+        return next((stage.context for stage in self.config.stages if isinstance(stage, RLStage)), AppendOnly())
+
+    async def policy(self, run: Path | None, at: Path | None, decode: Sequence[Decode]) -> list[dict[str, Any]]:
+        """Evaluate the configuration's policy, restored from a checkpoint where one is given."""
+        policy = await restored_policy(self.config, run, at)
+        stage, step = _place(at)
+        engine, chat = make_engine(self.config, policy), make_chat(self.config, policy.tokenizer)
+        records = []
+        try:
+            await engine.update_weights(policy.weights(), policy.version)
+            for mode in decode:
+                temperature = self.settings.temperature if mode == "sampled" else 0.0
+                actor = policy_actor(self.config, engine, chat, temperature=temperature)
+                groups = await self._play(actor, f"eval-{mode}", self.samples if mode == "sampled" else 1)
+                records.append(summarise(groups, stage=stage, step=step, decode=mode))
+                self.reporter.evaluated(records[-1])
+        finally:
+            await engine.close()
+            await self.env.close()
+        return records
+
+    async def endpoint(self, url: str, model: str, decode: Sequence[Decode]) -> list[dict[str, Any]]:
+        """Evaluate a model behind an OpenAI-compatible endpoint; greedy is temperature 0."""
+        records = []
+        for mode in decode:
+            temperature = self.settings.temperature if mode == "sampled" else 0.0
+            actor = EndpointActor(Endpoint(url, model, temperature=temperature))
+            try:
+                groups = await self._play(actor, f"eval-{mode}", self.samples if mode == "sampled" else 1)
+            finally:
+                await actor.close()
+            records.append(summarise(groups, stage="endpoint", step=0, decode=mode))
+            self.reporter.evaluated(records[-1])
+        return records
+
+    async def record(self, folder: Path) -> None:
+        """Play the tasks once, sampled, and store the trajectories in a run folder."""
+        policy = await make_policy(self.config, self.env, folder)
+        engine, chat = make_engine(self.config, policy), make_chat(self.config, policy.tokenizer)
+        writer = StoreWriter(folder, pieces=policy.pieces)
+        try:
+            await engine.update_weights(policy.weights(), policy.version)
+            actor = policy_actor(self.config, engine, chat, temperature=self.settings.temperature)
+            groups = await self._play(actor, "rollout", self.samples, writer)
+            writer.add([m.trajectory for g in groups for m in g.members], step=0, stage="rollout", split=self.split)
+            self.reporter.evaluated(summarise(groups, stage="rollout", step=0, decode="sampled"))
+        finally:
+            writer.close()
+            await engine.close()
+            await self.env.close()
+
+    async def _play(self, actor: Actor, stage: str, samples: int, writer: StoreWriter | None = None) -> list[Group]:
+        await self.env.setup()
+        return await make_manager(self.config, self.env, writer, self.reporter).run(
+            draws_for(self.tasks, 0, samples),
+            actor,
+            stage=stage,
+            strategy=FlatRollouts(),
+            context=self.context,
+            split=self.split,
+        )
+
+
+def _place(at: Path | None) -> tuple[str, int]:
+    """(stage, step) that a checkpoint's name tells, ("model", 0) without one."""
+    if at is None:
+        return "model", 0
+    progress, _ = checkpoint.load(at)
+    last: dict[str, Any] = progress.evals[-1] if progress.evals else {"stage": "rl", "step": progress.step}
+    return str(last["stage"]), int(last["step"])

@@ -1,0 +1,105 @@
+"""What a configuration would do, and whether it can: checked before anything is trained."""
+
+from __future__ import annotations
+
+from agentrl.config import Config
+from agentrl.env import Env
+from agentrl.errors import UsageError
+from agentrl.train.options import HFModel, ScratchModel
+from agentrl.train.parts import device_of, make_env, take
+from agentrl.train.stages import RLStage, SupervisedStage
+
+
+def check(config: Config) -> None:
+    """Refuse early what could only fail later. Raises `UsageError`."""
+    env = make_env(config)
+    device_of(config)
+    take(env, 1, seed=config.seed)
+    if config.eval is not None:
+        take(env, 1, seed=config.seed, split=config.eval.split)
+    tools = env.toolbox()
+    for name, (_, made) in tools.items():
+        made.arguments  # noqa: B018  builds the schema, which refuses bad signatures
+        if config.rollout.deadlines.tool < made.options.timeout and made.options.timeout != 30.0:
+            raise UsageError(
+                f"tool {name!r} may take {made.options.timeout:g} s, but rollout.deadlines.tool cuts it off at "
+                f"{config.rollout.deadlines.tool:g} s; raise the deadline or lower the tool's timeout"
+            )
+    demonstrates = type(env).demonstrate is not Env.demonstrate
+    needy = [s for s in config.stages if isinstance(s, SupervisedStage)] or isinstance(config.model, ScratchModel)
+    if needy and not demonstrates:
+        raise UsageError(
+            f"{type(env).__name__} offers no demonstrations, which a supervised stage and a scratch tokenizer need; "
+            "write demonstrate(self, task, rng), or start from model: PATH without an sft stage"
+        )
+    for stage in config.stages:
+        if isinstance(stage, RLStage):
+            _check_rl(config, stage)
+
+
+def _check_rl(config: Config, stage: RLStage) -> None:
+    if stage.samples < 2 and any(type(editor).__name__ == "DropConstant" for editor in stage.editors):
+        raise UsageError(
+            "groups of one are always constant, so drop_constant drops them all; raise samples or set editors: []"
+        )
+    if stage.strategy.needs_fork and config.rollout.episodes < stage.samples:
+        raise UsageError(
+            f"strategy {stage.strategy.type} keeps a whole group in flight: rollout.episodes {config.rollout.episodes} "
+            f"must be at least samples {stage.samples}"
+        )
+
+
+def plan_rows(config: Config) -> list[tuple[str, str]]:
+    """(what, how) pairs for people."""
+    env = make_env(config)
+    model = config.model
+    rows = [
+        (
+            "run",
+            f"{config.out}/{config.name}, seed {config.seed}" + (", deterministic" if config.deterministic else ""),
+        ),
+        (
+            "environment",
+            f"{type(env).__name__}: {', '.join(env.toolbox()) or 'no tools'}; at most {env.max_turns} turns",
+        ),
+        ("model", _model(model)),
+        ("device", str(device_of(config))),
+    ]
+    for index, stage in enumerate(config.stages, 1):
+        if isinstance(stage, RLStage):
+            what = (
+                f"{stage.steps} steps of {stage.prompts} tasks x {stage.samples} samples; "
+                f"{stage.strategy.type} rollouts, {stage.context.type} context, {stage.estimator.type}, {stage.surrogate.type}, {stage.aggregator.type}"
+            )
+            extras = [
+                c.type for c in (*stage.annotators, *stage.shapers, *stage.editors, *stage.transforms, *stage.aux)
+            ]
+            what += f"; {', '.join(extras)}" if extras else ""
+        elif isinstance(stage, SupervisedStage):
+            what = f"{stage.steps} steps of {stage.batch} out of {stage.demonstrations} demonstrations"
+        else:
+            what = f"{stage.steps} steps"
+        rows.append((f"stage {index}", f"{stage.type}: {what}; {stage.optimizer.name} at {stage.optimizer.lr:g}"))
+    if config.eval is not None:
+        every = (
+            f", {config.eval.tasks_every or config.eval.tasks} every {config.eval.every} steps"
+            if config.eval.every
+            else ""
+        )
+        rows.append(
+            (
+                "evaluation",
+                f"{config.eval.tasks} held-out tasks after each stage{every}; {', '.join(config.eval.decode)}",
+            )
+        )
+    deadlines = config.rollout.deadlines
+    rows.append(
+        ("deadlines", f"tool {deadlines.tool:g} s < turn {deadlines.turn:g} s < episode {deadlines.episode:g} s")
+    )
+    return rows
+
+
+def _model(model: HFModel | ScratchModel) -> str:
+    if isinstance(model, HFModel):
+        return model.path + (f", LoRA rank {model.lora.r}" if model.lora else "")
+    return f"a random {model.arch['model_type']}, tokenizer from {model.tokenizer.texts} demonstrations"

@@ -1,0 +1,80 @@
+"""Shared by all tests: how to make records without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from agentrl.trajectory import (
+    Group,
+    Member,
+    Outcome,
+    Sampling,
+    Span,
+    ToolCall,
+    ToolResult,
+    ToolUse,
+    Trajectory,
+    Turn,
+    VersionRun,
+    as_floats,
+    as_ids,
+)
+
+MakeTurn = Callable[..., Turn]
+MakeTrajectory = Callable[..., Trajectory]
+
+
+def make_turn(
+    n: int = 3, calls: int = 0, context: Sequence[int] = (1, 2), start: int = 10, entropy: float | None = None
+) -> Turn:
+    """A turn of `n` sampled tokens after a one-span context."""
+    prompt = Span(as_ids(context), "user", "template")
+    versions = (VersionRun(0, 0, n),) if n else ()
+    entropies = None if entropy is None else as_floats([entropy] * n)
+    sampled = Span(
+        as_ids(range(start, start + n)),
+        "assistant",
+        "sampled",
+        logprobs=as_floats([-1.0] * n),
+        entropies=entropies,
+        entropy="none" if entropy is None else "exact",
+        versions=versions,
+    )
+    uses = tuple(ToolUse(ToolCall("calc", {"a": i}), ToolResult("1", cost=1.0)) for i in range(calls))
+    return Turn((prompt[:],), (sampled,), "text", "text", Sampling(), "stop", tools=uses)
+
+
+def make_trajectory(
+    id: str, reward: float | None, *, turns: Sequence[Turn] | None = None, calls: int = 0, success: bool | None = None
+) -> Trajectory:
+    """A finished trajectory; `calls` tool calls sit in its first turn."""
+    outcome = Outcome("failed", "infra") if reward is None else Outcome("completed")
+    made = tuple(turns) if turns is not None else (make_turn(calls=calls),)
+    won = (reward is not None and reward > 0) if success is None else success
+    return Trajectory(id, "g", "task", made, outcome, 0, reward=reward, success=None if reward is None else won)
+
+
+def make_group(rewards: Sequence[float | None], **each: Sequence[object]) -> Group:
+    """A group with one member per reward; keyword sequences go to `make_trajectory` one by one."""
+    members = [
+        Member(make_trajectory(f"t{i}", reward, **{name: values[i] for name, values in each.items()}))  # type: ignore[arg-type]
+        for i, reward in enumerate(rewards)
+    ]
+    return Group("g", "task", members)
+
+
+@pytest.fixture
+def turn() -> MakeTurn:
+    return make_turn
+
+
+@pytest.fixture
+def trajectory() -> MakeTrajectory:
+    return make_trajectory
+
+
+@pytest.fixture
+def group() -> Callable[..., Group]:
+    return make_group
