@@ -1,0 +1,202 @@
+"""Text to ids and back, with control tokens kept out of anybody's reach.
+
+A chat template's own text may become control ids (role markers, `<tool_call>`, …); a message's
+content never may. Contents are *defused*: each control string inside them is replaced by a mark of
+private-use characters, which templates carry through trimming and JSON, and is encoded apart from
+the rest as ordinary tokens of the same characters. What was encoded is then checked: the control
+ids must be exactly those that the template's text holds.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from agentrl.errors import UsageError
+from agentrl.trajectory import Ids
+
+_OPEN, _CLOSE = "\uf8f0", "\uf8f1"  # a mark is OPEN digits CLOSE
+RESERVED = (_OPEN, _CLOSE, "\uf8f2", "\uf8f3")  # defused too where content holds them; the last two are for sentinels
+_MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_MARKUP = re.compile(r"[<>\[\]{}|]")
+_SHAPED = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+
+
+class Codec:
+    """A tokenizer's encoder and decoder, on a private copy that nobody else can reconfigure.
+
+    `meaningful` is text (the template, the tool format's marks) that gives a meaning to the added
+    tokens named in it. Control tokens are the special ones, those, and what looks like `<|…|>`.
+    Raises `UsageError` for a tokenizer without a `tokenizers` backend.
+    """
+
+    def __init__(self, tokenizer: Any, meaningful: str) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise UsageError(
+                f"{type(tokenizer).__name__} is not backed by the tokenizers library; "
+                "save it with a tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained) and load that"
+            )
+        self._spec = backend.to_str()
+        self._backend = Tokenizer.from_str(self._spec)
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        self._backend.encode_special_tokens = False
+        added = self._backend.get_added_tokens_decoder()
+        self.control: dict[str, int] = {
+            token.content: index
+            for index, token in added.items()
+            if token.special
+            or (_MARKUP.search(token.content) and token.content in meaningful)
+            or _SHAPED.fullmatch(token.content)
+        }
+        self.size = max((self._backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)))
+        self._is_control = np.zeros(self.size, dtype=bool)
+        self._is_control[list(self.control.values())] = True
+        alternatives = sorted((*self.control, *RESERVED), key=len, reverse=True)
+        self._strings = tuple(alternatives)
+        self._index = {string: index for index, string in enumerate(alternatives)}
+        self._control_text = re.compile("|".join(map(re.escape, alternatives)))
+        self._defused: dict[int, tuple[int, ...]] = {}
+
+    # -- decoding ---------------------------------------------------------------------------------
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """All of `ids` as text, control tokens included; broken UTF-8 gives U+FFFD."""
+        return self._backend.decode(ids, skip_special_tokens=False)
+
+    def controls(self, ids: Ids) -> list[int]:
+        """The control ids among `ids`, in order. Ids outside the vocabulary raise `UsageError`."""
+        try:
+            return ids[self._is_control[ids]].tolist()  # type: ignore[no-any-return]
+        except IndexError:
+            raise UsageError(
+                f"token id {int(ids.max())} is outside the tokenizer's vocabulary of {self.size}; "
+                "the model and the tokenizer do not belong together"
+            ) from None
+
+    def without_control_text(self, text: str) -> str:
+        return self._control_text.sub("", text)
+
+    # -- defusing ---------------------------------------------------------------------------------
+
+    def defuse(self, text: str) -> str:
+        """`text` with each control string replaced by a mark; most text comes back as it is."""
+        return self._control_text.sub(lambda m: f"{_OPEN}{self._index[m.group()]}{_CLOSE}", text)
+
+    def defuse_all(self, value: Any) -> Any:
+        """`defuse` on every string (keys too) of a JSON-like value."""
+        if isinstance(value, str):
+            return self.defuse(value)
+        if isinstance(value, dict):
+            return {self.defuse_all(key): self.defuse_all(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.defuse_all(item) for item in value]
+        return value
+
+    def restore(self, text: str) -> str:
+        """Undo `defuse`."""
+        return _MARK.sub(lambda m: self._strings[int(m.group(1))], text)
+
+    def control_spans(self, text: str) -> list[tuple[int, int]]:
+        """(end, id) of each control string in `text`."""
+        return [
+            (m.end(), self.control[m.group()]) for m in self._control_text.finditer(text) if m.group() in self.control
+        ]
+
+    def starts_with_control(self, text: str) -> bool:
+        match = self._control_text.match(text)
+        return match is not None and match.group() in self.control
+
+    # -- encoding ---------------------------------------------------------------------------------
+
+    def expected(self, text: str) -> list[int]:
+        """The control ids that (marked) `text` of a template must encode to."""
+        return [self.control[s] for s in self._control_text.findall(_MARK.sub("", text)) if s in self.control]
+
+    def encode(
+        self, text: str, expected: list[int] | None = None, cuts: Sequence[int] = ()
+    ) -> tuple[Ids, list[int] | None]:
+        """Encode marked `text`; also the token index at each character position of `cuts`.
+
+        Text without marks gives what the tokenizer itself gives. `expected` are the control ids to
+        be found (computed from `text` where None). The indices are None where they cannot be told.
+        """
+        if _OPEN not in text:
+            try:
+                encoding = self._backend.encode(text, add_special_tokens=False)
+            except TypeError:  # lone surrogates, as os.listdir gives for broken names
+                return self.encode(_whole(text), expected)
+            ids = _frozen(encoding.ids)
+            if self.controls(ids) == (self.expected(text) if expected is None else expected):
+                found = (encoding.char_to_token(cut) for cut in cuts)
+                where = [token for token in found if token is not None]
+                return ids, where if len(where) == len(cuts) else None
+            # Normalisation can make a control string of something that was none before it.
+            return _frozen(self._strict(text)), None
+        pieces: list[int] = []
+        edge = 0
+        for match in _MARK.finditer(text):
+            pieces += self._piece(text[edge : match.start()])
+            pieces += self._ordinary(int(match.group(1)))
+            edge = match.end()
+        pieces += self._piece(text[edge:])
+        ids = _frozen(pieces)
+        if self.controls(ids) == (self.expected(text) if expected is None else expected):
+            return ids, None
+        return _frozen(self._strict(text)), None
+
+    def _piece(self, text: str) -> list[int]:
+        return self._backend.encode(_whole(text), add_special_tokens=False).ids if text else []
+
+    def _ordinary(self, index: int) -> tuple[int, ...]:
+        """The ids of a control string as plain characters, never its control id."""
+        if index not in self._defused:
+            self._defused[index] = tuple(self._plainly(self._strings[index]))
+        return self._defused[index]
+
+    def _plainly(self, text: str) -> list[int]:
+        """Ids of `text` without any added token. A vocabulary that spells a control token as an
+        ordinary piece too is asked for smaller pieces; what is still a control id is left out."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids if text else []
+        if self.controls(_frozen(ids)):
+            singles = [self._plain.encode(char, add_special_tokens=False).ids for char in text]
+            ids = [index for char in singles for index in char if not self._is_control[index]]
+        return ids
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        spec = json.loads(self._spec)
+        spec["added_tokens"] = []
+        return Tokenizer.from_str(json.dumps(spec))
+
+    def _strict(self, text: str) -> list[int]:
+        """Encode so that control ids stand for the template's control strings and for nothing else."""
+        ids: list[int] = []
+        edge = 0
+        text = _whole(text)
+        for match in re.finditer(f"{_MARK.pattern}|{self._control_text.pattern}", text):
+            ids += self._plainly(text[edge : match.start()])
+            if match.group(1) is not None:
+                ids += self._ordinary(int(match.group(1)))
+            elif match.group() in self.control:
+                ids.append(self.control[match.group()])
+            edge = match.end()
+        return ids + self._plainly(text[edge:])
+
+
+def _whole(text: str) -> str:
+    """`text` with lone surrogates replaced by U+FFFD: there are no bytes for them."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _frozen(ids: Iterable[int]) -> Ids:
+    array = np.array(ids, dtype=np.int32)
+    array.flags.writeable = False
+    return array
