@@ -39,13 +39,12 @@ def token_logprobs(theta: torch.Tensor, actions: tuple[int, ...]) -> torch.Tenso
 
 def surrogate_gradient(theta: torch.Tensor, pair: tuple[tuple[int, ...], ...], advantages: list[float]) -> torch.Tensor:
     """Gradient of -sum over the group of the PPO surrogate, on policy, summed over tokens, over n."""
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=theta.dtype)
     for actions, advantage in zip(pair, advantages, strict=True):
         logprobs = token_logprobs(theta, actions)
         n = len(actions)
-        tokens = Tokens(
-            logprobs, logprobs.detach(), torch.full((n,), advantage), torch.ones(n), torch.ones(n), torch.zeros(n)
-        )
+        ones = torch.ones(n, dtype=theta.dtype)
+        tokens = Tokens(logprobs, logprobs.detach(), advantage * ones, ones, ones, torch.zeros(n))
         total = total - PPOClip().loss(tokens)[0].sum()
     return torch.autograd.grad(total / len(pair), theta)[0]
 
@@ -55,7 +54,7 @@ def test_expected_gradient_is_exact(formula: Callable[[list[float]], object], sc
     generator = torch.Generator().manual_seed(0)
     theta = torch.randn(LENGTH, ACTIONS, generator=generator, dtype=torch.float64).requires_grad_()
     all_episodes = episodes()
-    probability = [float(token_logprobs(theta, a).sum().exp()) for a in all_episodes]
+    probability = [float(token_logprobs(theta.detach(), a).sum().exp()) for a in all_episodes]
     assert sum(probability) == pytest.approx(1.0)
 
     expected = sum(token_logprobs(theta, a).sum().exp() * reward(a) for a in all_episodes)
