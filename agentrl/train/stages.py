@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from agentrl.algo import advantage, annotator, editor, loss, reward, sampler
+from agentrl.algo import advantage, annotator, editor, loss, reward
 from agentrl.algo.component import Component, one_of
+from agentrl.algo.sampler import TaskSampler, UniformSampler
 from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.rollout.strategy import FlatRollouts, RolloutStrategy
 from agentrl.train.options import OptimizerOptions
@@ -66,7 +67,7 @@ class RLStage(TrainingStage):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
-    sampler: one_of(sampler.TaskSampler) = sampler.UniformSampler()  # type: ignore[valid-type]
+    sampler: one_of(TaskSampler) = UniformSampler()  # type: ignore[valid-type]
     context: one_of(ContextPolicy) = AppendOnly()  # type: ignore[valid-type]
     strategy: one_of(RolloutStrategy) = FlatRollouts()  # type: ignore[valid-type]
     annotators: tuple[one_of(annotator.Annotator), ...] = ()  # type: ignore[valid-type]
