@@ -19,6 +19,7 @@ from agentrl.errors import InfraError
 from agentrl.instance import Caught, Lost, invoke
 
 SETUP_SECONDS = 60.0
+_BLIND = 12  # tasks played blindly, at least: fewer would find an answer by chance
 
 
 def check_env(
@@ -76,8 +77,9 @@ async def _examine(
         out.error("process", failure, "define it at the top level of a module, made from its options alone")
         return
     blind = play.script(0)
-    traces = [(await play.run(task, blind))[0] for task in chosen]
-    play.leaks(chosen, blind, traces)
+    several = found[: max(count, _BLIND)]
+    traces = [(await play.run(task, blind))[0] for task in several]
+    play.leaks(several, blind, traces)
     for index, task in enumerate(chosen, 1):
         script = play.script(index)
         await play.run(task, script)  # finds out which tools hang, and so does not count
