@@ -29,15 +29,29 @@ _STYLE = {"greedy": "green", "sampled": "magenta"}
 
 @dataclass(slots=True)
 class _Stage:
-    """The stage under way. `offset`: where its first step lies on the chart's axis."""
+    """The stage under way. `offset`: where its first step lies on the chart's axis; `first`: the steps that
+    a killed run had done before."""
 
     name: str
     total: int
     offset: int
     began: float
     done: int = 0
+    first: int | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    episodes: tuple[int, int] = (0, 0)
+
+    @property
+    def supervised(self) -> bool:
+        return self.name.startswith("sft")
+
+
+@dataclass(frozen=True, slots=True)
+class _Episodes:
+    """Episodes being played: for which purpose, how many are over, and what the others do."""
+
+    purpose: str = ""
+    done: int = 0
+    total: int = 0
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -49,9 +63,10 @@ class LiveReporter:
         self.clock = clock
         self.began = clock()
         self.now: _Stage | None = None
+        self.episodes = _Episodes()
         self.records: list[Mapping[str, Any]] = []
         self.curves: dict[str, list[tuple[float, float]]] = {"greedy": [], "sampled": [], "training": []}
-        self._end = 1.0
+        self._end = 0.0
         self._live: Live | None = None
 
     # -- events ----------------------------------------------------------------------------------
@@ -61,22 +76,22 @@ class LiveReporter:
 
     def stage(self, name: str, total: int) -> None:
         self._close_stage()
-        offset = int(self._end) if any(self.curves.values()) and self._end > 1 else 0
-        self.now = _Stage(name, total, offset, self.clock())
-        if name != "sft":
-            self._end = float(offset + total)
+        self.now = _Stage(name, total, int(self._end), self.clock())
+        if not self.now.supervised:
+            self._end += total
         self._open()
 
     def progress(self, stage: str, done: int, total: int, info: Mapping[str, Any]) -> None:
-        if self.now is not None:
-            self.now.episodes, self.now.info = (done, total), dict(info)
+        self.episodes = _Episodes(stage, done, total, dict(info))
         self._open()
 
     def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         if self.now is None:
             return
-        self.now.done, self.now.metrics, self.now.episodes = step, dict(metrics), (0, 0)
-        if self.now.name != "sft" and (value := metrics.get("success", metrics.get("reward"))) is not None:
+        if self.now.first is None:
+            self.now.first = step - 1
+        self.now.done, self.now.metrics, self.episodes = step, dict(metrics), _Episodes()
+        if not self.now.supervised and (value := metrics.get("success", metrics.get("reward"))) is not None:
             self.curves["training"].append((self.now.offset + step, value))
 
     def evaluated(self, record: Mapping[str, Any]) -> None:
@@ -134,38 +149,38 @@ class LiveReporter:
             took = duration(self.clock() - self.now.began)
             line = f"{self.now.name:<9} {self.now.done} of {self.now.total} steps in {took}"
             self._above(Text.assemble(("  done  ", "dim"), line))
-            self.now = None
+            self.now, self.episodes = None, _Episodes()
 
     def _view(self) -> RenderableType:
-        parts: list[RenderableType] = []
-        if self.now is not None:
-            parts = [Text(""), self._bar(self.now), *self._lines(self.now)]
+        parts: list[RenderableType] = [Text(""), *([self._bar(self.now)] if self.now else []), *self._lines()]
         if drawn := self._chart():
             parts += [Text(""), drawn]
         return Group(*parts)
 
     def _bar(self, now: _Stage) -> RenderableType:
-        spent = self.clock() - now.began
-        left = spent / now.done * (now.total - now.done) if now.done else None
+        spent, made = self.clock() - now.began, now.done - (now.first or 0)
+        left = f", about {duration(spent / made * (now.total - now.done))} left" if 0 < made < now.total else ""
         grid = Table.grid(padding=(0, 1))
         grid.add_row(
             Text(f"  {now.name}", "bold"),
             ProgressBar(now.total, now.done, width=max(10, min(40, self.console.width - 48)), complete_style="green"),
             Text(f"{now.done}/{now.total}"),
-            Text(duration(spent) + (f", about {duration(left)} left" if left else ""), "dim"),
+            Text(duration(spent) + left, "dim"),
         )
         return grid
 
-    def _lines(self, now: _Stage) -> list[Text]:
-        done, total = now.episodes
+    def _lines(self) -> list[Text]:
+        played, own = self.episodes, self.now is not None and self.episodes.purpose == self.now.name
         lines = []
-        if total:
-            text = "updating the policy" if done == total else doing(now.info)
-            lines.append(Text(f"  episodes {done}/{total}  {text}", "dim"))
-        elif now.metrics:
+        if played.total and played.done == played.total and own:
+            lines.append(Text("  updating the policy", "dim"))
+        elif played.total:
+            label = "" if own else f"{played.purpose} "
+            lines.append(Text(f"  {label}episodes {played.done}/{played.total}  {doing(played.info)}", "dim"))
+        else:
             lines.append(Text("  at work", "dim"))
-        if now.metrics:
-            lines.append(Text(f"  {metrics_line(now.metrics)}", no_wrap=True, overflow="ellipsis"))
+        if self.now is not None and self.now.metrics:
+            lines.append(Text(f"  {metrics_line(self.now.metrics)}", no_wrap=True, overflow="ellipsis"))
         return lines
 
     def _chart(self) -> Text | None:
@@ -177,7 +192,7 @@ class LiveReporter:
             Series("held-out, greedy", self.curves["greedy"], _STYLE["greedy"], mark="━"),
         ]
         width = min(self.console.width, 100) - 2
-        return chart(series, width=width, height=_HEIGHT, low=0, high=self._end, label="success by step")
+        return chart(series, width=width, height=_HEIGHT, low=0, high=max(self._end, 1.0), label="success by step")
 
     def _verdict(self, summary: Mapping[str, Any]) -> RenderableType:
         grid = Table.grid(padding=(0, 3))
