@@ -28,15 +28,19 @@ class ToolError(AgentRLError):
     """Raised by a tool for a call that cannot be served; its text becomes the observation."""
 
 
-class InfraError(AgentRLError):
+class EpisodeError(AgentRLError):
+    """Ends an episode. Its three kinds say who is to blame."""
+
+
+class InfraError(EpisodeError):
     """Raised when a service under an episode broke. The episode is retried, then missing."""
 
 
-class PolicyError(AgentRLError):
+class PolicyError(EpisodeError):
     """Raised by an environment whose episode the policy broke beyond repair: the lowest reward, in the statistics."""
 
 
-class EnvError(AgentRLError):
+class EnvError(EpisodeError):
     """The environment itself is broken (its reset, score or replay). The episode is missing."""
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from agentrl.content import Content, images_of, text_of
 from agentrl.effect import Effect
 from agentrl.env import Env, Episode, Obs
-from agentrl.errors import EnvError, InfraError
+from agentrl.errors import EnvError, EpisodeError
 from agentrl.instance import Instance, Local, Lost, Scored
 from agentrl.task import Task
 from agentrl.tool import Tool, ToolOptions
@@ -104,8 +104,8 @@ class Host:
         return self._first
 
     async def call(self, call: ToolCall) -> Answer:
-        """Run one tool call. Never raises for the policy's mistakes; raises `InfraError` when a tool
-        did, `EnvError` when the instance was lost and cannot be rebuilt."""
+        """Run one tool call. Never raises for the policy's mistakes; raises `InfraError` and `PolicyError`
+        when a tool did, `EnvError` when the instance was lost and cannot be rebuilt."""
         return (await self._together([call]))[0]
 
     async def call_all(self, calls: Iterable[ToolCall]) -> list[Answer]:
@@ -201,7 +201,7 @@ class Host:
             raise
         answers: list[Answer] = []
         for call, (effect, seconds) in zip(calls, timed, strict=True):
-            if isinstance(effect, InfraError | EnvError):
+            if isinstance(effect, EpisodeError):
                 raise effect
             if isinstance(effect, Lost):
                 if effect.gone and self._instance is instance:
@@ -215,12 +215,12 @@ class Host:
             answers.append(self._answer(call, effect, seconds))
         return answers
 
-    async def _timed(self, instance: Instance, call: ToolCall) -> tuple[Effect | Lost | InfraError | EnvError, float]:
+    async def _timed(self, instance: Instance, call: ToolCall) -> tuple[Effect | Lost | EpisodeError, float]:
         start = time.perf_counter()
-        effect: Effect | Lost | InfraError | EnvError
+        effect: Effect | Lost | EpisodeError
         try:
             effect = await instance.call(call, self._limit(call))
-        except (Lost, InfraError, EnvError) as error:
+        except (Lost, EpisodeError) as error:
             effect = error
         return effect, time.perf_counter() - start
 

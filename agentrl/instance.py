@@ -21,7 +21,7 @@ import numpy as np
 
 from agentrl.effect import Effect, cut, effect_of, first_line, key_of, unknown_tool
 from agentrl.env import Env, Episode, Obs
-from agentrl.errors import AgentRLError, EnvError, InfraError, ToolError
+from agentrl.errors import AgentRLError, EnvError, InfraError, PolicyError, ToolError
 from agentrl.task import Task
 from agentrl.threads import WORKERS
 from agentrl.tool import Toolkit
@@ -138,7 +138,7 @@ class Local:
             return Effect(cut(f"Error: {error}", longest)[0], "arguments", ran=False)
         value = await invoke(partial(tool.function, owner, **arguments), limit)
         if isinstance(value, Caught):
-            if isinstance(value.error, InfraError):
+            if isinstance(value.error, InfraError | PolicyError):
                 raise value.error
             if isinstance(value.error, ToolError):
                 return Effect(cut(str(value.error) or "Error: the call failed", longest)[0], "tool")
@@ -207,7 +207,9 @@ class Local:
         value = await invoke(method, limit)
         if not isinstance(value, Caught):
             return value
-        if isinstance(value.error, InfraError) or (name == "reply" and isinstance(value.error, ToolError)):
+        if isinstance(value.error, InfraError) or (
+            name == "reply" and isinstance(value.error, PolicyError | ToolError)
+        ):
             raise value.error
         raise EnvError(f"{type(self.env).__name__}.{name} failed with {first_line(value.error)}") from value.error
 

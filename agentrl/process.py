@@ -27,7 +27,7 @@ from typing import Any
 
 from agentrl.effect import Effect
 from agentrl.env import Env, Episode, Obs
-from agentrl.errors import EnvError, InfraError, UsageError
+from agentrl.errors import EnvError, InfraError, PolicyError, UsageError
 from agentrl.instance import GRACE, Lost, Scored
 from agentrl.task import Task
 from agentrl.trajectory import ToolCall
@@ -203,7 +203,7 @@ class Remote:
             if method == "ready":
                 raise InfraError(f"{self._name}: {value}")
             raise Lost(value, kind="bug")
-        raise {"infra": InfraError, "env": EnvError}[status](value)
+        raise {"infra": InfraError, "env": EnvError, "policy": PolicyError}[status](value)
 
     async def _read(self) -> None:
         """Hand each answer to whoever waits for it, until the worker is gone."""

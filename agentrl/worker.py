@@ -19,7 +19,7 @@ from typing import Any
 
 from agentrl.effect import first_line
 from agentrl.env import Env
-from agentrl.errors import EnvError, InfraError, UsageError
+from agentrl.errors import EnvError, InfraError, PolicyError, UsageError
 from agentrl.instance import Local
 from agentrl.process import COMMAND, LENGTH
 from agentrl.registry import load_file
@@ -150,6 +150,8 @@ async def _answer(local: Local | None, failure: str, method: str, arguments: tup
         return "ok", await getattr(local, method)(*arguments, None)  # the parent keeps the time, and kills
     except InfraError as error:
         return "infra", str(error)
+    except PolicyError as error:
+        return "policy", str(error)
     except (EnvError, UsageError) as error:
         return "env", str(error)
 

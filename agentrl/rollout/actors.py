@@ -108,21 +108,23 @@ class PolicyActor:
         self.requests: contextlib.AbstractAsyncContextManager[Any] = requests or contextlib.nullcontext()
 
     def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
-        return _PolicyConversation(self, session, group, Dialogue(self.chat, tools, actor=self.name))
+        return _PolicyConversation(self, session, group, tools)
 
 
 class _PolicyConversation:
-    def __init__(self, actor: PolicyActor, session: str, group: str, dialogue: Dialogue) -> None:
+    def __init__(self, actor: PolicyActor, session: str, group: str, tools: Sequence[dict[str, Any]]) -> None:
         self._actor = actor
         self._session = session
         self._group = group
-        self._dialogue = dialogue
+        self._tools = tools
+        self._dialogue = Dialogue(actor.chat, tools, actor=actor.name)
 
     @property
     def n_tokens(self) -> int:
         return self._dialogue.n_tokens
 
     def start(self, messages: Sequence[Message]) -> None:
+        self._dialogue = Dialogue(self._actor.chat, self._tools, actor=self._actor.name)
         self._dialogue.start(messages)
 
     def extend(self, messages: Sequence[Message]) -> None:
@@ -155,7 +157,9 @@ class _PolicyConversation:
 
     async def fork(self, session: str) -> _PolicyConversation:
         await self._actor.engine.fork(self._session, session)
-        return _PolicyConversation(self._actor, session, self._group, self._dialogue.fork())
+        child = _PolicyConversation(self._actor, session, self._group, self._tools)
+        child._dialogue = self._dialogue.fork()
+        return child
 
     async def close(self) -> None:
         await self._actor.engine.release(self._session)
@@ -181,20 +185,22 @@ class ExpertActor:
     def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
         if expert is None:
             raise EnvError("the episode has no scripted expert; this is a bug in the rollout manager")
-        return _ExpertConversation(self, expert, Dialogue(self.chat, tools, actor=self.name))
+        return _ExpertConversation(self, expert, tools)
 
 
 class _ExpertConversation:
-    def __init__(self, actor: ExpertActor, expert: Expert, dialogue: Dialogue) -> None:
+    def __init__(self, actor: ExpertActor, expert: Expert, tools: Sequence[dict[str, Any]]) -> None:
         self._actor = actor
         self._expert = expert
-        self._dialogue = dialogue
+        self._tools = tools
+        self._dialogue = Dialogue(actor.chat, tools, actor=actor.name)
 
     @property
     def n_tokens(self) -> int:
         return self._dialogue.n_tokens
 
     def start(self, messages: Sequence[Message]) -> None:
+        self._dialogue = Dialogue(self._actor.chat, self._tools, actor=self._actor.name)
         self._dialogue.start(messages)
 
     def extend(self, messages: Sequence[Message]) -> None:
