@@ -82,9 +82,8 @@ def load(
         raise ConfigError(layers.mistakes)
     where = str(paths[0]) if paths else "the command line"
     model = _model(schema or _default_schema, Overlay().build(files, steps, where), layers)
-    slot = Slot((model,))
-    root = Overlay(slot, layers).build(files, steps, where)
-    found = environment.check(root, slot) if schema is None else []
+    root = Overlay(Slot((model,)), layers).build(files, steps, where)
+    found = environment.check(root) if schema is None else []
     try:
         config = model.model_validate(root.plain())
     except ValidationError as error:
@@ -145,8 +144,6 @@ def _escaped(value: Any) -> Any:
 def _unresolve(data: Any, node: Node) -> Any:
     """`data` with every value that came from `${env:…}` as it was written."""
     if node.written is not None:
-        if isinstance(data, dict):  # a bare string that stood for {type: …}, or another shorthand
-            return {key: _unresolve(item, node) if item == _escaped(node.value) else item for key, item in data.items()}
         return node.written
     if isinstance(node.value, dict) and isinstance(data, dict):
         return {key: _unresolve(item, node.value[key]) if key in node.value else item for key, item in data.items()}

@@ -20,6 +20,7 @@ from agentrl.loader.layers import Node, did_you_mean
 from agentrl.loader.slots import Slot, key_paths, types_of
 
 _LISTED = 12
+_INDEX = re.compile(r"\.\d+(?=\.|$)")
 _QUOTED = re.compile(r"'([^']*)'")
 
 
@@ -30,6 +31,8 @@ def complaints(error: ValidationError, root: Node, model: type[BaseModel], above
     seen: dict[str, UsageError] = {}
     for detail in error.errors(include_url=False):
         spot = _follow(detail, root, Slot((model,)))
+        if detail["type"] == "too_short" and _long_enough(detail, spot.node):
+            continue
         text, where = _sentence(detail, spot, model), spot.node.where
         if detail["type"] == "value_error":
             where = _subject(text, spot.node).where
@@ -73,12 +76,16 @@ def _follow(detail: ErrorDetails, root: Node, slot: Slot) -> _Spot:
     return _Spot(".".join(path), node, slot, around)
 
 
+def _long_enough(detail: ErrorDetails, node: Node) -> bool:
+    """pydantic counts a list's valid entries; where they are bad and not few, their own errors say it all."""
+    return isinstance(node.value, list) and len(node.value) >= detail.get("ctx", {}).get("min_length", 0)
+
+
 def _sentence(detail: ErrorDetails, spot: _Spot, model: type[BaseModel]) -> str:
     kind, context, given = detail["type"], detail.get("ctx", {}), _short(spot.node.plain())
     match kind:
         case "extra_forbidden":
-            around, slot = spot.around
-            return f"unknown key{_meant_key(spot.path.rsplit('.', 1)[-1], slot.keys(around), model)}"
+            return f"unknown key{_meant_key(spot, model)}"
         case "missing":
             return "this key is required; add it"
         case "union_tag_not_found":
@@ -92,6 +99,9 @@ def _sentence(detail: ErrorDetails, spot: _Spot, model: type[BaseModel]) -> str:
             return f"should be {expected}, not {given}{meant}"
         case "value_error" | "assertion_error":
             return str(context.get("error", detail["msg"]))
+        case "too_short" | "too_long" if "actual_length" in context:
+            edge = f"least {context['min_length']}" if kind == "too_short" else f"most {context['max_length']}"
+            return f"should have at {edge} entries, not {context['actual_length']}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"should be a mapping of keys to values, not {given}"
     message = detail["msg"].removeprefix("Input ").split(", unable to ")[0].split(", got a ")[0]
@@ -118,11 +128,16 @@ def _one_of(known: list[str]) -> str:
     return f"; it is one of {', '.join(names[:_LISTED])}{', …' if len(names) > _LISTED else ''}" if names else ""
 
 
-def _meant_key(key: str, known: list[str], model: type[BaseModel]) -> str:
+def _meant_key(spot: _Spot, model: type[BaseModel]) -> str:
+    around, slot = spot.around
+    key, known = spot.path.rsplit(".", 1)[-1], slot.keys(around)
     near = did_you_mean(key, known)
     if near:
         return near
     elsewhere = sorted({path for path in key_paths(model) if path.rsplit(".", 1)[-1] == key}, key=len)
+    here = _INDEX.sub(".0", spot.path)
+    if here in elsewhere and isinstance(around.value, dict) and "type" in around.value:
+        return f"; it does not belong to type {around.value['type'].value!r}"
     if elsewhere:
         return f"; did you mean {elsewhere[0]!r}?"
     return f"; the keys here are {', '.join(sorted(set(known)))}" if 0 < len(known) <= _LISTED else ""

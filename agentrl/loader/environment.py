@@ -7,16 +7,14 @@ from pydantic import ValidationError
 from agentrl.errors import UsageError
 from agentrl.loader.complaints import complaints
 from agentrl.loader.layers import Node
-from agentrl.loader.slots import Slot
 
 
-def check(root: Node, slot: Slot) -> list[UsageError]:
+def check(root: Node) -> list[UsageError]:
     """What is wrong with `env:`, beyond what the configuration's own model sees."""
     env = root.value.get("env") if isinstance(root.value, dict) else None
-    if env is None:
+    if env is None or not isinstance(env.value, dict):
         return []
-    env = slot.below("env", root).expanded(env)
-    named = env.value.get("id") if isinstance(env.value, dict) else None
+    named = env.value.get("id")
     if named is None or not isinstance(named.value, str):
         return []
     from agentrl.registry import find_env
@@ -25,7 +23,6 @@ def check(root: Node, slot: Slot) -> list[UsageError]:
         options_model = find_env(named.value).Options
     except UsageError as error:
         return [error if error.where else UsageError(f"env: {error}", where=named.where)]
-    assert isinstance(env.value, dict)
     options = env.value.get("options", Node({}, env.where))
     if not isinstance(options.value, dict):
         return []

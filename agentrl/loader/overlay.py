@@ -85,7 +85,7 @@ class Overlay:
                 self.layers.wrong(f"takes out what {undone} sets; give one of the two", each.text)
             else:
                 root = self._put(root, each, self.slot)
-        return root
+        return expand(root, self.slot)
 
     def _put(self, node: Node, step: Override, slot: Slot, depth: int = 0) -> Node:
         """`node` with `step` done to it, of whose path `depth` keys lie above."""
@@ -133,6 +133,16 @@ def merge(below: Node, above: Node, slot: Slot = UNKNOWN) -> Node:
     for key, child in upper.value.items():
         merged[key] = merge(merged[key], child, slot.below(key, both)) if key in merged else child
     return Node(merged, upper.where)
+
+
+def expand(node: Node, slot: Slot) -> Node:
+    """`node` with every shorthand written out, as the schema will read it."""
+    full = slot.expanded(node)
+    if isinstance(full.value, dict):
+        return replace(full, value={key: expand(child, slot.below(key, full)) for key, child in full.value.items()})
+    if isinstance(full.value, list):
+        return replace(full, value=[expand(item, slot.below(str(n), full)) for n, item in enumerate(full.value)])
+    return full
 
 
 def _kind(node: Node) -> object:

@@ -76,7 +76,7 @@ class Run(Section):
     env: Annotated[World, BeforeValidator(lambda v: {"id": v} if isinstance(v, str) else v)] = World(id="none")
     model: Annotated[Annotated[Path_ | Scratch, Field(discriminator="type")], BeforeValidator(_bare)] = Scratch()
     shape: one_of(Shape) = Circle()  # type: ignore[valid-type]
-    shapes: tuple[one_of(Shape), ...] = ()  # type: ignore[valid-type]
+    shapes: tuple[one_of(Shape), ...] = Field(default=("circle",), min_length=1, validate_default=True)  # type: ignore[valid-type]
     stages: list[Stage] = []
     extra: dict[str, float] = {}
 
@@ -138,6 +138,7 @@ def test_later_files_and_later_overrides_win() -> None:
     assert len(loaded.config.stages) == 1, "lists are replaced"
     assert loaded.origin["extra.a"] == "a.yaml:2" and loaded.origin["extra.b"] == "b.yaml:2"
     assert loaded.origin["title"] == "title=y" and "note" not in loaded.origin
+    assert loaded.place("extra.b.deeper") == "b.yaml:2" and loaded.place("note") is None
 
 
 def test_base_is_relative_to_its_file_and_lies_under_it(tmp_path: Path) -> None:
@@ -202,6 +203,9 @@ def test_a_shorthand_means_what_the_schema_makes_of_it() -> None:
     assert read("model: a\n", "model.rank=2").config.model == Path_(path="a", rank=2)
     assert read("env: orders\n", "env.options.hard=true").config.env == World(id="orders", options={"hard": True})
     assert read("env: {id: orders, options: {hard: 1}}\n", "env=maze").config.env == World(id="maze")
+    loaded = read("env: orders\nmodel: a\nshapes: [circle]\n")
+    assert loaded.origin["env.id"] == "run.yaml:1" and loaded.origin["model.path"] == "run.yaml:2"
+    assert loaded.origin["shapes.0.type"] == "run.yaml:3" and loaded.resolved["shapes"][0]["type"] == "circle"
 
 
 # -- what is wrong -------------------------------------------------------------------------------
@@ -214,9 +218,10 @@ def test_a_shorthand_means_what_the_schema_makes_of_it() -> None:
         ("seed: 1\nside: 2\n", "run.yaml:2: side: unknown key; did you mean 'shape.side'?"),
         ("stages:\n- lr: 1\n- lrr: 2\n", "run.yaml:3: stages.1.lrr: unknown key; did you mean 'lr'?"),
         ("shape:\n  type: square\n  sode: 2\n", "run.yaml:3: shape.sode: unknown key; did you mean 'side'?"),
-        ("shape:\n  type: circle\n  side: 2\n", "run.yaml:3: shape.side: unknown key; did you mean 'shape.side'?"),
+        ("shape:\n  type: circle\n  side: 2\n", "run.yaml:3: shape.side: unknown key; it does not belong to type 'circle'"),
         ("shape: sqare\n", "run.yaml:1: shape: there is no 'sqare'; did you mean 'square'?"),
         ("shapes:\n- circle\n- {type: ring}\n", "run.yaml:3: shapes.1: there is no 'ring'; it is one of circle, square"),
+        ("shapes: []\n", "run.yaml:1: shapes: should have at least 1 entries, not 0"),
         ("shape: {radius: 1}\n", "run.yaml:1: shape: name a type; it is one of circle, square"),
         ("shape: {type: square, side: -1}\n", "run.yaml:1: shape.side: should be greater than 0, not -1"),
         ("seed: x\n", "run.yaml:1: seed: should be a whole number, not 'x'"),
