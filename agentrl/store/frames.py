@@ -1,6 +1,6 @@
 """A frame is the unit of storage: self-describing, checked, and either whole or not there at all.
 
-    magic  meta length  body length  crc32  kind  flags  0 0 | meta (msgpack) | body
+    magic  meta length  body length  crc32  kind  flags | meta (msgpack) | body
 
 All integers are little-endian. The checksum covers everything but the magic and itself. The body is
 a zstd block, or raw bytes where flag RAW is set (frames that live for seconds). A file of frames is
@@ -26,7 +26,7 @@ from agentrl.errors import AgentRLError
 
 MAGIC = b"aRf1"
 RAW = 1
-_HEAD = struct.Struct("<4sIIIBBxx")
+_HEAD = struct.Struct("<4sIIIBB")
 _SIZES = struct.Struct("<IIBB")
 _BIG_INT, _ARRAY = 1, 2
 
@@ -40,6 +40,7 @@ class Kind(IntEnum):
     CREDIT = 4  # one member's reward, advantages, weights and arrays at one step
     PIECES = 5  # token id -> text, for ids not seen before in this run
     TURN = 6  # one turn of an episode in flight; lives in journals only
+    FORGOTTEN = 7  # an episode in flight that will never finish; lives in journals only
 
 
 class DamagedFrame(AgentRLError, ValueError):
@@ -47,9 +48,12 @@ class DamagedFrame(AgentRLError, ValueError):
 
 
 class Frame(NamedTuple):
-    """A decoded frame; `body` is uncompressed. `offset` and `length` are its place in the file, in bytes."""
+    """A decoded frame; `body` is uncompressed. `offset` and `length` are its place in the file, in bytes.
 
-    kind: Kind
+    `kind` is a `Kind`, or a number that only a later version knows: readers pass over it.
+    """
+
+    kind: int
     meta: Any
     body: bytes
     offset: int
@@ -170,7 +174,7 @@ def parse(data: bytes | mmap.mmap, at: int = 0, *, body: bool = True) -> Frame |
         plain = bytes(data[start : start + n_body])
         if not flags & RAW:
             plain = _decompress(plain)
-    return Frame(Kind(kind), unpack(data[at + _HEAD.size : start]), plain, at, start + n_body - at)
+    return Frame(kind, unpack(data[at + _HEAD.size : start]), plain, at, start + n_body - at)
 
 
 def frames_of(data: bytes | mmap.mmap, start: int = 0, *, body: bool = False) -> Iterator[Frame]:

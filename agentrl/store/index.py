@@ -113,11 +113,15 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
     # Without write access there is no shared memory to make, and so no writer to wait for.
     access = "mode=rw" if os.access(folder, os.W_OK) else "mode=ro&immutable=1"
     try:
-        connection = sqlite3.connect(f"{path.resolve().as_uri()}?{access}", uri=True, timeout=60, isolation_level=None)
+        connection = sqlite3.connect(
+            f"{path.resolve().as_uri()}?{access}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
+        )
         connection.execute("PRAGMA query_only = ON")
         version = _version(connection)
     except sqlite3.DatabaseError as error:
         raise index_failed(path, error) from error
+    if version == 0:
+        raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
     if version != FORMAT:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: agentrl index --rebuild")
     return connection
@@ -130,6 +134,8 @@ def _version(connection: sqlite3.Connection) -> int:
 
 def index_failed(path: Path, error: sqlite3.DatabaseError) -> RunFailed:
     """The one sentence for an index that cannot be read or written."""
+    if getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return RunFailed(f"{path} is held by another process; wait for it, or stop it, and go on with --resume")
     if isinstance(error, sqlite3.OperationalError):
         return RunFailed(
             f"cannot use {path}: {error}; make room and go on with --resume (what was acknowledged is safe)"

@@ -46,11 +46,10 @@ class Journal:
         self._by_id: dict[str, list[EpisodeKey]] = {}
         old = series(folder, writer, SUFFIX)
         self._file = Segment(folder / f"{writer}-{number_of(old[-1]) + 1 if old else 0}.{SUFFIX}")
-        for path in old:
-            data = path.read_bytes()
-            for frame in frames_of(data):
-                key = _key(frame.meta)
-                if finished(key.id) < key.attempt:
+        blobs = [path.read_bytes() for path in old]
+        for key, frames in _alive(blobs).items():
+            if finished(key.id) < key.attempt:
+                for data, frame in frames:
                     self._place(key, data[frame.offset : frame.offset + frame.length])
         self._file.flush()
         for path in old:
@@ -70,7 +69,7 @@ class Journal:
         arrays, sizes = table.arrays()
         body = self._encoder.pack((what, read, table.rows, sizes, arrays))
         table.clear()
-        meta = (key.stage, key.step, key.split, key.task_id, key.sample, key.branch, key.attempt, index, fresh)
+        meta = (*_meta(key), index, fresh)
         episode.context, episode.next = turn.context, index + 1
         self._place(key, self._encoder.frame(Kind.TURN, meta, body, raw=True))
         self._file.flush()
@@ -83,8 +82,14 @@ class Journal:
         episode.places.append((self._file.append(frame), len(frame)))
         episode.size += len(frame)
 
+    def drop(self, key: EpisodeKey) -> None:
+        """The episode will never finish: say so in the file, too."""
+        self._file.append(self._encoder.frame(Kind.FORGOTTEN, _meta(key), b"", raw=True))
+        self._file.flush()
+        self.forget(key.id, key.attempt)
+
     def forget(self, id: str, attempt: int) -> None:
-        """The episode is stored, or nobody wants it any more: it and its earlier attempts are no longer in flight."""
+        """The episode is stored: it and its earlier attempts are no longer in flight."""
         for key in self._by_id.pop(id, ()):
             if key.attempt <= attempt:
                 del self._open[key]
@@ -116,24 +121,39 @@ def _read(fd: int, at: int, n: int) -> bytes:
     return os.pread(fd, n, at)
 
 
+def _meta(key: EpisodeKey) -> tuple[Any, ...]:
+    return key.stage, key.step, key.split, key.task_id, key.sample, key.branch, key.attempt
+
+
 def _key(meta: list[Any]) -> EpisodeKey:
     stage, step, split, task, sample, branch, attempt, *_ = meta
     return EpisodeKey(stage, step, split, task, sample, tuple(branch), attempt)
 
 
-def read_journals(folder: Path, wanted: Callable[[EpisodeKey], bool]) -> dict[EpisodeKey, list[Turn]]:
-    """The turns in flight of the episodes that `wanted` says yes to, per episode in order from turn 0."""
-    frames: dict[EpisodeKey, list[Frame]] = {}
-    for path in sorted(folder.glob(f"*.{SUFFIX}"), key=number_of):
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:  # tidied away meanwhile: what lived stands in the next file, listed or not
-            return read_journals(folder, wanted)
-        for frame in frames_of(data, body=True):
+def _alive(blobs: Iterable[bytes], *, body: bool = False) -> dict[EpisodeKey, list[tuple[bytes, Frame]]]:
+    """The TURN frames of episodes that nobody gave up, per episode in the order of writing."""
+    found: dict[str, dict[EpisodeKey, list[tuple[bytes, Frame]]]] = {}
+    for data in blobs:
+        for frame in frames_of(data, body=body):
             key = _key(frame.meta)
-            if wanted(key):
-                frames.setdefault(key, []).append(frame)
-    return {key: turns for key, found in frames.items() if (turns := _turns(found))}
+            attempts = found.setdefault(key.id, {})
+            if frame.kind == Kind.TURN:
+                attempts.setdefault(key, []).append((data, frame))
+            else:
+                found[key.id] = {other: frames for other, frames in attempts.items() if other.attempt > key.attempt}
+    return {key: frames for attempts in found.values() for key, frames in attempts.items()}
+
+
+def read_journals(folder: Path) -> dict[EpisodeKey, list[Turn]]:
+    """The turns in flight, per episode in order from turn 0; stored episodes may be among them."""
+    while True:
+        paths = sorted(folder.glob(f"*.{SUFFIX}"), key=number_of)
+        try:
+            blobs = [path.read_bytes() for path in paths]
+        except FileNotFoundError:  # tidied away meanwhile: what lived stands in the next file
+            continue
+        found = _alive(blobs, body=True)
+        return {key: turns for key, frames in found.items() if (turns := _turns([frame for _, frame in frames]))}
 
 
 def _turns(frames: Iterable[Frame]) -> list[Turn]:

@@ -60,13 +60,17 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Entries in order, and the cursor of the next page (None at the end)."""
+    """Entries in order. `next` is the cursor of the next page, None at the end; `last` is that of the
+    last entry, with which a list of a run that still writes goes on later.
+    """
 
     entries: tuple[Entry, ...]
     next: Cursor | None
+    last: Cursor | None
 
 
 _COLUMNS = ", ".join(Entry.__dataclass_fields__)
+_FLAGS = [list(Entry.__dataclass_fields__).index(name) for name in ("success", "latest")]
 _PLACES = "segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length"
 
 
@@ -103,45 +107,44 @@ class StoreReader:
     ) -> Page:
         """A page of the list; missing rewards sort last. `reward` is a closed range, None = no bound.
 
-        With sort "added", `after` the last cursor seen gives what was added since, in the order of adding.
+        With sort "added", `after` the `last` cursor seen gives what was added since.
         """
-        where: list[str] = ["1"]
-        values: list[object] = []
-        given: dict[str, object] = {"step": step, "stage": stage, "split": split, "group_id": group, "task_id": task}
-        # A unary plus keeps SQLite from choosing the (env, reward) index where it would have to sort afterwards.
-        given["env" if sort == "reward" else "+env"] = env
-        for column, value in given.items():
-            if value is not None:
-                where.append(f"{column} = ?")
-                values.append(value)
-        for bound, sign in zip(reward, (">=", "<="), strict=True):
-            if bound is not None:
-                where.append(f"reward {sign} ?")
-                values.append(bound)
-        if not all_attempts:
-            where.append("latest")
-        column, way = _SORT[sort], "DESC" if descending else "ASC"
-        legs = [f"{column} IS NOT NULL"] + ([f"{column} IS NULL"] if sort == "reward" else [])
-        if after is not None and after.value is None and sort == "reward":
-            legs = legs[1:]
+        column, way, sign = _SORT[sort], "DESC" if descending else "ASC", "<" if descending else ">"
+        # A unary plus keeps SQLite from choosing an index with which it would have to sort a long list afterwards.
+        plus = "" if sort == "reward" else "+"
+        low, high = reward
+        asked = {
+            "step = ?": step,
+            "stage = ?": stage,
+            "split = ?": split,
+            "group_id = ?": group,
+            "task_id = ?": task,
+            f"{plus}env = ?": env,
+            f"{plus}reward >= ?": low,
+            f"{plus}reward <= ?": high,
+            "latest = ?": None if all_attempts else 1,
+        }
+        terms = {term: value for term, value in asked.items() if value is not None}
         rows: list[tuple[Any, ...]] = []
-        for leg in legs:
-            terms, bound_values = [*where, leg], list(values)
-            if after is not None and (after.value is None) == (leg.endswith("IS NULL")):
-                sign = "<" if descending else ">"
-                terms.append(f"({column}, rowid) {sign} (?, ?)" if after.value is not None else f"rowid {sign} ?")
-                bound_values += [after.value, after.rowid] if after.value is not None else [after.rowid]
-            query = (
-                f"SELECT {_COLUMNS} FROM trajectories WHERE {' AND '.join(terms)} "
-                f"ORDER BY {column} {way}, rowid {way} LIMIT ?"
+        for missing in (False, True) if sort == "reward" else (False,):
+            leg: dict[str, object] = {**terms, f"{column} IS {'' if missing else 'NOT'} NULL": None}
+            if after is not None and missing and after.value is None:
+                leg[f"rowid {sign} ?"] = after.rowid
+            elif after is not None and not missing:
+                if after.value is None:  # the page before ended among the missing rewards
+                    continue
+                leg[f"({column}, rowid) {sign} (?, {int(after.rowid)})"] = after.value
+            rows += self._rows(
+                f"SELECT {_COLUMNS} FROM trajectories WHERE {' AND '.join(leg)} "
+                f"ORDER BY {column} {way}, rowid {way} LIMIT ?",
+                *[value for value in leg.values() if value is not None],
+                limit + 1 - len(rows),
             )
-            rows += self._rows(query, *bound_values, limit + 1 - len(rows))
             if len(rows) > limit:
                 break
         entries = tuple(_entry(row) for row in rows[:limit])
-        more = len(rows) > limit
-        last = entries[-1] if more else None
-        return Page(entries, Cursor(getattr(last, column), last.rowid) if last else None)
+        last = Cursor(getattr(entries[-1], column), entries[-1].rowid) if entries else after
+        return Page(entries, last if len(rows) > limit else None, last)
 
     def entry(self, id: str, attempt: int | None = None) -> Entry:
         """One line of the list. Raises `KeyError` where there is none."""
@@ -195,11 +198,11 @@ class StoreReader:
 
     def inflight(self, step: int | None = None, stage: str | None = None) -> dict[EpisodeKey, list[Turn]]:
         """The turns, from turn 0 on, of episodes whose latest attempt has turns but no stored trajectory."""
-
-        def wanted(key: EpisodeKey) -> bool:
-            return (step is None or key.step == step) and (stage is None or key.stage == stage)
-
-        found = read_journals(self._folder, wanted)
+        found = {
+            key: turns
+            for key, turns in read_journals(self._folder).items()
+            if (step is None or key.step == step) and (stage is None or key.stage == stage)
+        }
         latest: dict[str, int] = {}
         for key in found:
             latest[key.id] = max(latest.get(key.id, -1), key.attempt)
@@ -211,15 +214,15 @@ class StoreReader:
         }
 
     def finished(self, step: int, stage: str, split: str | None = None) -> list[str]:
-        """The ids of the stored trajectories of a step, sorted."""
+        """The ids of a step's stored trajectories that can be loaded whole (`store.tokens` kept them), sorted."""
         rows = self._rows(
-            "SELECT id FROM trajectories "
+            "SELECT id, tokens_segment, tokens_offset FROM trajectories "
             "WHERE step = ?1 AND stage = ?2 AND latest AND ifnull(split = ?3, 1) ORDER BY id",
             step,
             stage,
             split,
         )
-        return [id for (id,) in rows]
+        return [id for id, kept, at in rows if at >= 0 and (not kept or (self._folder / kept).exists())]
 
     def attempt(self, id: str) -> int:
         """The latest stored attempt of a trajectory, -1 where none is stored."""
@@ -318,10 +321,10 @@ class StoreReader:
 
 
 def _entry(row: Sequence[Any]) -> Entry:
-    fields = dict(zip(Entry.__dataclass_fields__, row, strict=True))
-    fields["success"] = None if fields["success"] is None else bool(fields["success"])
-    fields["latest"] = bool(fields["latest"])
-    return Entry(**fields)
+    values = list(row)
+    for at in _FLAGS:
+        values[at] = None if values[at] is None else bool(values[at])
+    return Entry(*values)
 
 
 def _which(id: str, attempt: int | None) -> tuple[str, tuple[object, ...]]:

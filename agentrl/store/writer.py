@@ -6,7 +6,6 @@ them on disk as long as they are of one step. Every method may be called from an
 
 from __future__ import annotations
 
-import mimetypes
 import os
 import sqlite3
 import threading
@@ -30,6 +29,7 @@ from agentrl.store.segments import Segment, check_writer, disk_failed, number_of
 from agentrl.trajectory import Group, Ids, Trajectory, Turn, as_ids
 
 Keep = Literal["all", "every_n", "last_k"]
+_EXTENSIONS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 Pieces = Callable[[Ids], list[str]]
 
 
@@ -110,7 +110,7 @@ class StoreWriter:
     def forget(self, key: EpisodeKey) -> None:
         """The episode will never finish (cancelled, superseded): it is no longer in flight."""
         with self._lock, self._guard():
-            self._journal.forget(key.id, key.attempt)
+            self._journal.drop(key)
 
     def add(self, trajectories: Sequence[Trajectory], *, step: int, stage: str, split: str = "train") -> None:
         """Store finished trajectories: when this returns, they survive a crash of the machine.
@@ -152,7 +152,7 @@ class StoreWriter:
 
     def image(self, image: Image) -> None:
         """Keep a picture as media/<sha256>.<ext>; a picture that is there already costs nothing."""
-        path = self._media / f"{image.sha256}{mimetypes.guess_extension(image.mime) or '.bin'}"
+        path = self._media / f"{image.sha256}{_EXTENSIONS.get(image.mime, '.bin')}"
         with self._lock, self._guard():
             if path.exists():
                 return

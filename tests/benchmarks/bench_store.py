@@ -70,7 +70,8 @@ def episode(rng: np.random.Generator, key: EpisodeKey, turns: int, tokens: int) 
         ids = as_ids(rng.integers(0, 30_000, per))
         out = Span(
             ids, "assistant", "sampled", "policy",
-            as_floats(-rng.exponential(1.0, per)), as_floats(rng.exponential(1.0, per)), "exact", (VersionRun(3, 0, per),),
+            as_floats(-rng.exponential(1.0, per)), as_floats(rng.exponential(1.0, per)), "exact",
+            (VersionRun(3, 0, per),),
         )  # fmt: skip
         text = " ".join(rng.choice(WORDS, max(1, per // 2)))
         answer = " ".join(rng.choice(WORDS, max(1, per // 3)))

@@ -1,0 +1,114 @@
+"""Turns written ahead come back after a death, and cost nothing once their episode is stored."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from agentrl.store import EpisodeKey, StoreReader, StoreWriter, journal
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted((folder / "seg").glob("*.turns"))
+
+
+def test_turns_come_back_until_the_trajectory_is_stored(tmp_path: Path, records: ModuleType) -> None:
+    where = records.key(2, "t", 1, branch=(0, 3), split="test", stage="sft")
+    made = records.episode(where, turns=4)
+    store = StoreWriter(tmp_path)
+    with StoreReader(tmp_path) as reader:
+        for index, turn in enumerate(made.turns):
+            store.turn(where, index, turn)
+            assert records.unlike({where: made.turns[: index + 1]}, reader.inflight()) is None
+        spans = {id(piece.span) for turn in reader.inflight()[where] for piece in turn.context}
+        assert len(spans) == len({id(piece.span) for turn in made.turns for piece in turn.context})
+        assert reader.inflight(step=2, stage="sft").keys() == {where}
+        assert not reader.inflight(step=3) and not reader.inflight(stage="rl")
+        store.add([made], step=2, stage="sft", split="test")
+        assert not reader.inflight()
+    store.close()
+    assert not files(tmp_path)
+
+
+def test_a_new_process_takes_over_what_was_in_flight(tmp_path: Path, records: ModuleType) -> None:
+    keys = [records.key(1, "t", sample) for sample in range(3)]
+    made = [records.episode(where, turns=4) for where in keys]
+    first = StoreWriter(tmp_path)
+    for where, trajectory in zip(keys, made, strict=True):
+        for index in range(2):
+            first.turn(where, index, trajectory.turns[index])
+    first.add([made[0]], step=1, stage="rl")
+    first.close()
+    with StoreWriter(tmp_path) as second, StoreReader(tmp_path) as reader:
+        assert (
+            records.unlike({where: t.turns[:2] for where, t in zip(keys[1:], made[1:], strict=True)}, reader.inflight())
+            is None
+        )
+        second.turn(keys[1], 2, made[1].turns[2])  # goes on where the first stopped
+        assert records.unlike(made[1].turns[:3], reader.inflight()[keys[1]]) is None
+        second.turn(keys[1], 1, made[1].turns[1])  # or repeats from an earlier turn
+        assert records.unlike(made[1].turns[:2], reader.inflight()[keys[1]]) is None
+        assert len(files(tmp_path)) == 1
+    with StoreWriter(tmp_path) as third:
+        third.add(made[1:], step=1, stage="rl")
+    assert not files(tmp_path)
+
+
+def test_the_latest_attempt_counts(tmp_path: Path, records: ModuleType) -> None:
+    keys = [records.key(1, "t", attempt=attempt) for attempt in range(3)]
+    made = [records.episode(where) for where in keys]
+    with StoreWriter(tmp_path) as store, StoreReader(tmp_path) as reader:
+        store.add([made[0]], step=1, stage="rl")
+        store.turn(keys[1], 0, made[1].turns[0])
+        assert list(reader.inflight()) == [keys[1]]  # a later attempt than the stored one is in flight
+        store.turn(keys[2], 0, made[2].turns[0])
+        assert list(reader.inflight()) == [keys[2]]
+        store.forget(keys[2])
+        assert not reader.inflight()
+        store.turn(keys[1], 0, made[1].turns[0])
+        store.add([made[2]], step=1, stage="rl")
+        assert not reader.inflight()
+
+
+def test_a_forgotten_episode_does_not_come_back_to_the_next_process(tmp_path: Path, records: ModuleType) -> None:
+    kept, gone = records.key(1, "t", 0), records.key(1, "t", 1)
+    with StoreWriter(tmp_path) as store:
+        for where in (kept, gone):
+            store.turn(where, 0, records.episode(where).turns[0])
+        store.forget(gone)
+        with StoreReader(tmp_path) as reader:
+            assert list(reader.inflight()) == [kept]
+    with StoreReader(tmp_path) as reader:
+        assert list(reader.inflight()) == [kept]
+
+
+def test_the_journal_does_not_grow_with_the_run(
+    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_SLACK", 20_000)
+    slow = records.key(0, "slow")
+    made = records.episode(slow, turns=12)
+    sizes = []
+    with StoreWriter(tmp_path) as store, StoreReader(tmp_path) as reader:
+        for step in range(12):
+            store.turn(slow, step, made.turns[step])
+            for sample in range(6):
+                where = records.key(step, "t", sample)
+                quick = records.episode(where)
+                for index, turn in enumerate(quick.turns):
+                    store.turn(where, index, turn)
+                store.add([quick], step=step, stage="rl")
+            sizes.append(sum(path.stat().st_size for path in files(tmp_path)))
+            assert records.unlike({slow: made.turns[: step + 1]}, reader.inflight()) is None
+    assert max(sizes) < 60_000
+
+
+def test_ids_are_readable_and_never_meet(records: ModuleType) -> None:
+    where = EpisodeKey("rl", 12, "train", "t0042", 3)
+    assert (where.id, where.group_id) == ("rl-12/t0042/3", "rl-12/t0042")
+    assert replace(where, branch=(1, 0)).id == "rl-12/t0042/3.1.0"
+    assert replace(where, split="test").id == "rl-12-test/t0042/3"
+    assert replace(where, attempt=2).id == where.id

@@ -1,0 +1,57 @@
+"""A process that writes to a store until somebody kills it, telling on stdout what was acknowledged.
+
+    python writing_child.py FOLDER FIRST [--slow | --limit BYTES]
+
+`--slow` hands every write to the system in crumbs, so that a kill tears frames; `--limit` is a disk of that size.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import records
+
+from agentrl.errors import RunFailed
+from agentrl.store import StoreWriter
+
+whole_write = os.write
+
+
+def crumbs(fd: int, data: bytes) -> int:
+    time.sleep(0.0005)
+    return whole_write(fd, bytes(data)[:700])
+
+
+def tell(line: str) -> None:
+    whole_write(1, (line + "\n").encode())
+
+
+def main() -> None:
+    folder, first = Path(sys.argv[1]), int(sys.argv[2])
+    if "--slow" in sys.argv:
+        os.write = crumbs
+    if "--limit" in sys.argv:
+        size = int(sys.argv[-1])
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    try:
+        with StoreWriter(folder, segment_bytes=100_000) as store:
+            for number in range(first, first + 100_000):
+                keys = [records.key(number, "t", sample) for sample in range(3)]
+                for where in keys:
+                    made = records.episode(where)
+                    store.turn(where, 0, made.turns[0])
+                    tell(f"turn {number} {where.sample}")
+                store.add([records.episode(where) for where in keys[:2]], step=number, stage="rl")
+                tell(f"added {number}")
+    except RunFailed as error:
+        tell(f"failed {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
