@@ -16,7 +16,7 @@ from agentrl.chat import Message
 from agentrl.content import Content, Image, images_of, text_of
 from agentrl.context import ContextPolicy
 from agentrl.env import Episode, Obs
-from agentrl.errors import EnvError, InfraError, PolicyError
+from agentrl.errors import EnvError, InfraError, PolicyError, ToolError
 from agentrl.host import Answer, Host
 from agentrl.rollout.actors import Conversation, Spoken
 from agentrl.rollout.seeds import seed_of
@@ -155,7 +155,7 @@ class LiveEpisode:
                     answers = await self._host.call_all(spoken.parsed.calls)
                 elif spoken.parsed.error is None and spoken.finish == "stop":
                     self._now("waiting for the environment's reply")
-                    reply = await self._host.reply(spoken.parsed.final_text)
+                    reply = await self._reply(spoken.parsed.final_text)
         except TimeoutError:
             self.outcome = Outcome("truncated", "deadline", f"{self.doing} after {time.monotonic() - started:.1f} s")
         except EnvError as error:
@@ -265,6 +265,12 @@ class LiveEpisode:
             if room < 1 and not self.over:
                 self.outcome = Outcome("truncated", "context")
         return None if self.over else room
+
+    async def _reply(self, text: str) -> Obs | None:
+        try:
+            return await self._host.reply(text)
+        except ToolError as error:  # the environment refuses the message: the policy reads why
+            return Obs(f"Error: {error}")
 
     def _record(
         self, spoken: Spoken, answers: Sequence[Answer], reply: Obs | None, anchor: str | None, seconds: float
