@@ -105,7 +105,11 @@ def _sentence(detail: ErrorDetails, spot: _Spot, model: type[BaseModel]) -> str:
         case "model_type" | "model_attributes_type" | "dict_type":
             return f"should be a mapping of keys to values, not {given}"
     message = detail["msg"].removeprefix("Input ").split(", unable to ")[0].split(", got a ")[0]
-    message = message.replace("a valid integer", "a whole number").replace("a valid ", "a ")
+    message = (
+        message.replace("a valid integer", "a whole number")
+        .replace("a valid tuple", "a list")
+        .replace("a valid ", "a ")
+    )
     return f"{message[:1].lower()}{message[1:]}, not {given}"
 
 

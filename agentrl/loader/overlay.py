@@ -101,6 +101,11 @@ class Overlay:
                 return node
         elif isinstance(inner.value, dict):
             held = dict(inner.value)
+        if not held and head.isdecimal() and slot.is_list:
+            self.layers.wrong(
+                f"{here} is set nowhere, so it has no entry {head!r} to change; set the whole list", step.text
+            )
+            return node
         if step.value is None and head not in held:
             self.layers.wrong(
                 f"{here} sets no key {head!r}, so nothing is taken out{did_you_mean(head, held)}", step.text

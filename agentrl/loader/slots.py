@@ -36,6 +36,11 @@ class Slot:
         """The keys that the mapping `node` may have here."""
         return [key for model in self.models(node) for key in keys_of(model)]
 
+    @property
+    def is_list(self) -> bool:
+        """Whether only a list may stand here."""
+        return bool(self.annotations) and all(_is_list(annotation) for annotation in self.annotations)
+
     def below(self, key: str, node: Node) -> Slot:
         """The slot of `key` (a list's entry: its number) inside `node`."""
         inside = [item for annotation in self.annotations for item in _items(annotation)]
@@ -125,6 +130,11 @@ def _items(annotation: Any) -> Iterator[Any]:
             yield from _items(option)
     elif isinstance(origin, type) and args:
         yield args[0] if args[-1] is Ellipsis else args[-1]
+
+
+def _is_list(annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    return _is_list(get_args(annotation)[0]) if origin is Annotated else origin in (list, tuple)
 
 
 def _expanders(annotation: Any) -> Iterator[Any]:

@@ -228,6 +228,7 @@ def test_a_shorthand_means_what_the_schema_makes_of_it() -> None:
         ("seed: 1.5\n", "run.yaml:1: seed: should be a whole number, not 1.5"),
         ("stages:\n\n- lr: fast\n", "run.yaml:3: stages.0.lr: should be a number, not 'fast'"),
         ("stages: 3\n", "run.yaml:1: stages: should be a list, not 3"),
+        ("shapes: 3\n", "run.yaml:1: shapes: should be a list, not 3"),
         ("stages: [3]\n", "run.yaml:1: stages.0: should be a mapping of keys to values, not 3"),
         ("stages: [{name: rll}]\n", "run.yaml:1: stages.0.name: should be 'sft' or 'rl', not 'rll'; did you mean 'rl'?"),
         (
@@ -278,6 +279,7 @@ def test_a_mistake_in_a_file_is_one_line_with_its_place(text: str | bytes, line:
         ("extra={a: 1", "extra={a: 1: not valid YAML: expected ',' or '}', but got '<stream end>' (while parsing a flow mapping, begun on line 1)"),
         ("title=${env:NOT_SET_HERE}", "title=${env:NOT_SET_HERE}: environment variable NOT_SET_HERE is not set; export it first"),
         ("shape.type=sqare", "shape.type=sqare: shape: there is no 'sqare'; did you mean 'square'?"),
+        ("shapes.0.radius=2", "shapes.0.radius=2: shapes is set nowhere, so it has no entry '0' to change; set the whole list"),
         ("model.rank=2", "model.rank=2: model: name a type; it is one of hf, scratch"),
     ],
 )  # fmt: skip
