@@ -59,6 +59,8 @@ class Codec:
         self.size = max((self._backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added)))
         self._is_control = np.zeros(self.size, dtype=bool)
         self._is_control[list(self.control.values())] = True
+        self._control_ids = frozenset(self.control.values())
+        self._control_strings = {index: string for string, index in self.control.items()}
         alternatives = sorted((*self.control, *RESERVED), key=len, reverse=True)
         self._strings = tuple(alternatives)
         self._index = {string: index for index, string in enumerate(alternatives)}
@@ -70,6 +72,46 @@ class Codec:
     def decode(self, ids: Sequence[int]) -> str:
         """All of `ids` as text, control tokens included; broken UTF-8 gives U+FFFD."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    def listed(self, text: str) -> list[int]:
+        """The ids of a template's own text, as they come."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def string_of(self, index: int) -> str:
+        return self._control_strings[index]
+
+    def has_control(self, ids: Sequence[int]) -> bool:
+        return not self._control_ids.isdisjoint(ids)
+
+    def between(
+        self, text: str, n_left: int, n_right: int, contents: Sequence[tuple[int, int, int]]
+    ) -> tuple[list[int], list[tuple[int, int, int]]] | None:
+        """Encode `text` between anchors of `n_left` and `n_right` ids, which are left out of the result.
+
+        `contents` are (first character, last character, line); returned as (first token, token behind,
+        line), a token that straddles counting as content. None where control ids, marks or broken
+        characters are inside: then the careful way must be taken.
+        """
+        if _OPEN in text:
+            return None
+        try:
+            encoding = self._backend.encode(text, add_special_tokens=False)
+        except TypeError:
+            return None
+        ids = encoding.ids
+        ids = ids[n_left : len(ids) - n_right]
+        if not self._control_ids.isdisjoint(ids):
+            return None
+        places: list[tuple[int, int, int]] = []
+        edge = 0
+        for first, last, line in contents:
+            start, stop = encoding.char_to_token(first), encoding.char_to_token(last)
+            if start is None or stop is None:
+                return None
+            start, stop = max(start - n_left, edge), max(stop + 1 - n_left, edge)
+            places.append((start, stop, line))
+            edge = stop
+        return ids, places
 
     def controls(self, ids: Ids) -> list[int]:
         """The control ids among `ids`, in order. Ids outside the vocabulary raise `UsageError`."""
@@ -120,40 +162,23 @@ class Codec:
         """The control ids that (marked) `text` of a template must encode to."""
         return [self.control[s] for s in self._control_text.findall(_MARK.sub("", text)) if s in self.control]
 
-    def encode(
-        self, text: str, expected: list[int] | None = None, cuts: Sequence[int] = ()
-    ) -> tuple[Ids, list[int] | None]:
-        """Encode marked `text`; also the token index at each character position of `cuts`.
+    def encode(self, text: str) -> Ids:
+        """Encode marked `text`. Text without marks gives what the tokenizer itself gives, unless a control
+        id would come from elsewhere than the template: normalisation can make one of harmless text."""
+        ids = frozen(self._listed_marked(text))
+        return ids if self.controls(ids) == self.expected(text) else frozen(self._strict(text))
 
-        Text without marks gives what the tokenizer itself gives. `expected` are the control ids to
-        be found (computed from `text` where None). The indices are None where they cannot be told.
-        """
-        if _OPEN not in text:
-            try:
-                encoding = self._backend.encode(text, add_special_tokens=False)
-            except TypeError:  # lone surrogates, as os.listdir gives for broken names
-                return self.encode(_whole(text), expected)
-            ids = _frozen(encoding.ids)
-            if self.controls(ids) == (self.expected(text) if expected is None else expected):
-                found = (encoding.char_to_token(cut) for cut in cuts)
-                where = [token for token in found if token is not None]
-                return ids, where if len(where) == len(cuts) else None
-            # Normalisation can make a control string of something that was none before it.
-            return _frozen(self._strict(text)), None
-        pieces: list[int] = []
+    def _listed_marked(self, text: str) -> list[int]:
+        ids: list[int] = []
         edge = 0
         for match in _MARK.finditer(text):
-            pieces += self._piece(text[edge : match.start()])
-            pieces += self._ordinary(int(match.group(1)))
+            ids += self._piece(text[edge : match.start()])
+            ids += self._ordinary(int(match.group(1)))
             edge = match.end()
-        pieces += self._piece(text[edge:])
-        ids = _frozen(pieces)
-        if self.controls(ids) == (self.expected(text) if expected is None else expected):
-            return ids, None
-        return _frozen(self._strict(text)), None
+        return ids + self._piece(text[edge:])
 
     def _piece(self, text: str) -> list[int]:
-        return self._backend.encode(_whole(text), add_special_tokens=False).ids if text else []
+        return self.listed(_whole(text)) if text else []
 
     def _ordinary(self, index: int) -> tuple[int, ...]:
         """The ids of a control string as plain characters, never its control id."""
@@ -165,7 +190,7 @@ class Codec:
         """Ids of `text` without any added token. A vocabulary that spells a control token as an
         ordinary piece too is asked for smaller pieces; what is still a control id is left out."""
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids if text else []
-        if self.controls(_frozen(ids)):
+        if self.controls(frozen(ids)):
             singles = [self._plain.encode(char, add_special_tokens=False).ids for char in text]
             ids = [index for char in singles for index in char if not self._is_control[index]]
         return ids
@@ -196,7 +221,8 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _frozen(ids: Iterable[int]) -> Ids:
+def frozen(ids: Iterable[int]) -> Ids:
+    """A read-only int32 vector of ids that are known to be valid."""
     array = np.array(ids, dtype=np.int32)
     array.flags.writeable = False
     return array

@@ -78,7 +78,8 @@ class Dialogue:
         spans: tuple[Span, ...] = (output,)
         if not self.chat.reader.ended(output.ids) and self.chat.end_ids.size:
             spans = (output, Span(self.chat.end_ids, "assistant", "forced", actor=self.actor))
-        voice = Voice(self.chat.reader.thinks(parsed.text), len(parsed.calls))
+        thinking = self.chat.template.knows_thinking and self.chat.reader.thinks(parsed.text)
+        voice = Voice(thinking, len(parsed.calls))
         said = _Said(spans, voice, parsed.calls)
         self._said += (said,)
         self._items += (voice,)
@@ -98,21 +99,20 @@ class Dialogue:
         self.expect("extend")
         if not messages:
             raise RecordError("a dialogue is extended by at least one message")
-        lines = self._lines(messages)
-        said = self._said
+        gaps, lines, said = self.chat.gaps, self._lines(messages), self._said
         earlier = any(one.voice.thinking and one.kept for one in said[:-1])
         system = isinstance(self._items[0], Line) and self._items[0].role == "system"
-        rule = self.chat.gaps.rule(self._tools, system, earlier, said[-1].voice, lines)
-        text, cuts = rule.pattern.fill(lines) if rule.pattern is not None and plain(lines) else (None, [])
+        rule = gaps.rule(self._tools, system, earlier, said[-1].voice, lines)
+        known = rule.known if plain(lines) else None
         items = self._items + lines
-        if text is not None and rule.appends:
-            gap = self.chat.gaps.encode(text, cuts, lines, rule.controls)
+        if known is not None and rule.appends:
+            gap = gaps.fill(known, lines)
         else:
-            layout = self.chat.gaps.relayout(items, self._tools, [gap.text for gap in self._gaps])
-            if layout.gaps[-1] == text:
-                gap = self.chat.gaps.encode(text, cuts, lines, rule.controls)
+            layout = gaps.relayout(items, self._tools, [gap.text for gap in self._gaps])
+            if known is not None and layout.gaps[-1] == known.pattern.join(known.pattern.values(lines)):
+                gap = gaps.fill(known, lines)
             else:
-                gap = self.chat.gaps.encode(layout.gaps[-1], (), lines)
+                gap = gaps.encode(layout.gaps[-1], lines[-1].role)
             self._revise(layout.gaps[:-1], layout.kept)
         self._items = items
         self._gaps += (gap,)

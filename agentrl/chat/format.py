@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from agentrl.chat.calls import CallFormat, Schemas, call_format
-from agentrl.chat.codec import Codec
+from agentrl.chat.codec import Codec, frozen
 from agentrl.chat.gaps import Gaps, Toolset
 from agentrl.chat.layout import Layouts
 from agentrl.chat.messages import Parsed
@@ -20,7 +20,7 @@ from agentrl.chat.saying import Sayings
 from agentrl.chat.template import Line, Template, Voice, template_source
 from agentrl.env import Say
 from agentrl.errors import UsageError
-from agentrl.trajectory import Ids, Role, as_ids
+from agentrl.trajectory import Ids, Role
 
 if TYPE_CHECKING:
     from agentrl.chat.dialogue import Dialogue
@@ -55,6 +55,10 @@ class ChatFormat:
         self.gaps = Gaps(layouts, self.codec)
         self.end_ids = self.gaps.end_ids
         self._role_stops = self._announcing()
+        self._ends = {
+            role: frozen([self._role_stops[role]]) if role in self._role_stops else self.end_ids
+            for role in ("tool", "user")
+        }
         ends = (*self.codec.controls(self.end_ids)[-1:], *self._role_stops.values())
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*ends, *eos)))
         inside = self.template.header.rfind(tags[0]) > self.template.header.rfind(tags[1])
@@ -91,9 +95,8 @@ class ChatFormat:
         format's. The ids end with the stop id. Raises `RecordError` where it is not the actor's turn.
         """
         dialogue.expect("say")
-        ids, _ = self.codec.encode(self._sayings.text(say))
-        stop = self._role_stops.get("tool" if say.calls else "user")
-        return as_ids(np.concatenate([ids, self.end_ids if stop is None else [stop]]))
+        ids = self.codec.encode(self._sayings.text(say))
+        return frozen(np.concatenate([ids, self._ends["tool" if say.calls else "user"]]))
 
     def toolset(self, tools: Sequence[dict[str, Any]]) -> Toolset:
         """The interned form of `tools`. Raises `UsageError` where the template writes calls in an unknown form."""

@@ -1,8 +1,8 @@
 """The tokens between turns: prompts, what follows a turn, and what a template changes afterwards.
 
-Texts of gaps come from patterns learnt by shape (`agentrl.chat.layout`), their ids from one call of
-the encoder each. A gap is encoded behind the end of the turn before it, so that its ids are those
-of the whole conversation.
+Texts of gaps come from patterns learnt by shape (`agentrl.chat.layout`), their ids from stencils
+(`agentrl.chat.stencil`). A gap is encoded behind the end of the turn before it, so that its ids are
+those of the whole conversation.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from agentrl.chat.calls import Schemas
-from agentrl.chat.codec import Codec
-from agentrl.chat.layout import Cut, Layout, Layouts, Pattern, learn, sentinels
+from agentrl.chat.codec import Codec, frozen
+from agentrl.chat.layout import Layout, Layouts, Pattern, learn, sentinels
+from agentrl.chat.stencil import Stencil, compile_stencil
 from agentrl.chat.template import Item, Line, Refused, Voice
 from agentrl.errors import UsageError
-from agentrl.trajectory import Context, Ids, Origin, Role, Span, SpanSlice, ids_of
+from agentrl.trajectory import Context, Origin, Role, Span, SpanSlice, ids_of
 
-_CACHED_OPENINGS = 1024
+_CACHED_OPENINGS, _CACHED_MARKUP = 1024, 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,33 +42,40 @@ class Gap:
     n_tokens: int
 
 
+class Known(NamedTuple):
+    """A gap's pattern, and its stencil where the tokenizer allows one."""
+
+    pattern: Pattern
+    stencil: Stencil | None
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """What the template does when given messages follow a turn of a given shape.
 
-    `pattern` gives the new gap's text (None: only a rendering of the whole tells it) and `controls`
-    the control ids in it. `appends`: all that stood before stays as it was. `stop` is the id that
-    announces the messages where no end text closes the turn before them.
+    `known` makes the new gap (None: only a rendering of the whole tells it). `appends`: all that stood
+    before stays as it was. `stop` is the id that announces the messages where no end text closes the
+    turn before them.
     """
 
-    pattern: Pattern | None
-    controls: list[int]
+    known: Known | None
     appends: bool
     stop: int | None
 
 
 class Gaps:
-    """Makes gaps for one chat format; remembers prompts and rules."""
+    """Makes gaps for one chat format; remembers prompts, rules and the spans of markup."""
 
     def __init__(self, layouts: Layouts, codec: Codec) -> None:
         self._layouts = layouts
         self._codec = codec
-        self.end_ids, _ = codec.encode(layouts.end)
-        self._end_controls = codec.expected(layouts.end)
+        self.end_ids = codec.encode(layouts.end)
+        self._end_list = self.end_ids.tolist()
         self._toolsets: list[Toolset] = []
         self._rules: dict[tuple[Any, ...], Rule] = {}
-        self._prompts: dict[tuple[Any, ...], tuple[Pattern, list[int]] | None] = {}
+        self._prompts: dict[tuple[Any, ...], Known | None] = {}
         self._openings: dict[tuple[Any, ...], Gap] = {}
+        self._markup: dict[tuple[Any, ...], SpanSlice] = {}
 
     def toolset(self, tools: Sequence[dict[str, Any]]) -> Toolset:
         """The interned form of `tools` (JSON schemas as chat templates take them)."""
@@ -93,29 +101,32 @@ class Gaps:
         gap = self._openings.get(key)
         if gap is None:
             try:
-                text, cuts, controls = self._opening_text(lines, tools)
+                gap = self._open(lines, tools)
             except Refused as error:
                 raise UsageError(f"the chat template does not render this prompt: {error}") from error
-            gap = self.encode(text, cuts, lines, controls, opening=True)
             if len(self._openings) >= _CACHED_OPENINGS:
                 self._openings.pop(next(iter(self._openings)))
             self._openings[key] = gap
         return gap
 
-    def _opening_text(self, lines: Sequence[Line], tools: Toolset) -> tuple[str, list[Cut], list[int] | None]:
+    def _open(self, lines: Sequence[Line], tools: Toolset) -> Gap:
         shape = (tools.key, *((line.role, not line.text) for line in lines))
-        mode = self._layouts.mode(lines, tools.schemas, tools.key)
         if shape not in self._prompts:
+            mode = self._layouts.mode(lines, tools.schemas, tools.key)
             gap, probed = (
                 self._layouts.lay_out(each, tools.schemas, mode, None).gaps[-1]
                 for each in (sentinels(lines), sentinels(lines, probe=True))
             )
-            pattern = learn(gap, probed, 0)
-            self._prompts[shape] = (pattern, self._controls(pattern)) if pattern else None
+            self._prompts[shape] = self._know(learn(gap, probed, 0), "")
         known = self._prompts[shape]
         if known is not None and plain(lines):
-            return *known[0].fill(lines), known[1]
-        return self._layouts.lay_out(lines, tools.schemas, mode, None).gaps[-1], [], None
+            return self.fill(known, lines, opening=True)
+        mode = self._layouts.mode(lines, tools.schemas, tools.key)
+        text = self._layouts.lay_out(lines, tools.schemas, mode, None).gaps[-1]
+        return self.encode(text, lines[-1].role, opening=True)
+
+    def _know(self, pattern: Pattern | None, lead: str) -> Known | None:
+        return None if pattern is None else Known(pattern, compile_stencil(pattern, self._codec, lead))
 
     # -- what follows a turn -----------------------------------------------------------------------
 
@@ -158,7 +169,7 @@ class Gaps:
         if any(other != learnt[0] for other in learnt):
             pattern = None
         stop = None if ended else self._leading_control(after.gaps[-1])
-        return Rule(pattern, self._controls(pattern) if pattern else [], appends, stop)
+        return Rule(self._know(pattern, self._layouts.end), appends, stop)
 
     def _leading_control(self, text: str) -> int | None:
         spans = self._codec.control_spans(text)
@@ -174,43 +185,57 @@ class Gaps:
 
     # -- ids -----------------------------------------------------------------------------------------
 
-    def encode(
-        self,
-        text: str,
-        cuts: Sequence[Cut] = (),
-        lines: Sequence[Line] = (),
-        controls: list[int] | None = None,
-        opening: bool = False,
-    ) -> Gap:
-        """The gap of `text`, as it stands behind the end of a turn (or, `opening`, at the very start)."""
-        lead, n = ("", 0) if opening else (self._layouts.end, self.end_ids.size)
-        if controls is not None and n:
-            controls = self._end_controls + controls
-        at = len(lead)
-        wanted = [position for cut in cuts for position in (at + cut.start, at + cut.stop - 1)]
-        ids, where = self._codec.encode(lead + text, controls, wanted)
-        if n and not (ids.size >= n and (ids[:n] == self.end_ids).all()):
-            ids, where = self._codec.encode(text)
-            where, n = None, 0
-        content: Origin = "template" if opening else "tool"
-        if where is None:
-            cuts = ()
-        pieces = _pieces(ids[n:], [token - n for token in where or ()], cuts, lines, content)
-        return Gap(text, pieces, ids.size - n)
+    def fill(self, known: Known, lines: Sequence[Line], opening: bool = False) -> Gap:
+        """The gap of a known pattern for `lines`: markup in shared spans, each content in one of its own."""
+        values = known.pattern.values(lines)
+        text = known.pattern.join(values)
+        runs = known.stencil.runs(values) if known.stencil is not None else None
+        if runs is None:
+            return self.encode(text, lines[-1].role, opening)
+        origin: Origin = "template" if opening else "tool"
+        pieces: list[SpanSlice] = []
+        n_tokens = 0
+        last = len(runs) - 1
+        for index, (ids, line) in enumerate(runs):
+            n_tokens += len(ids)
+            if line is not None:
+                role = lines[line].role
+                pieces.append(SpanSlice(Span(frozen(ids), role, origin, role), 0, len(ids)))
+                continue
+            following = runs[index + 1].line if index < last else None
+            role = lines[following].role if following is not None else "assistant" if last else lines[-1].role
+            pieces.append(self._shared(ids, role))
+        return Gap(text, tuple(pieces), n_tokens)
+
+    def _shared(self, ids: list[int], role: Role) -> SpanSlice:
+        """Markup is the same in every episode: one span serves them all."""
+        key = (role, *ids)
+        piece = self._markup.get(key)
+        if piece is None:
+            if len(self._markup) >= _CACHED_MARKUP:
+                self._markup.clear()
+            piece = self._markup[key] = SpanSlice(Span(frozen(ids), role, "template", role), 0, len(ids))
+        return piece
+
+    def encode(self, text: str, role: Role, opening: bool = False) -> Gap:
+        """The gap of any `text`, in one span: as it stands behind the end of a turn (or at the very start)."""
+        n = 0 if opening else len(self._end_list)
+        ids = self._codec.encode(self._layouts.end + text if n else text)
+        if n and ids[:n].tolist() != self._end_list:
+            ids, n = self._codec.encode(text), 0
+        span = Span(ids[n:], role, "template" if opening or role == "assistant" else "tool", role)
+        return Gap(text, (span[:],), len(span))
 
     def changed(self, old: Gap, text: str, opening: bool) -> Gap:
         """`old` with another text: slices of its spans as far as the ids agree, new spans for the rest."""
         if old.text == text:
             return old
-        new = self.encode(text, opening=opening)
+        new = self.encode(text, "assistant", opening)
         one, two = ids_of(old.pieces), ids_of(new.pieces)
         n = min(one.size, two.size)
         differ = (one[:n] != two[:n]).nonzero()[0]
         common = int(differ[0]) if differ.size else n
         return Gap(text, (*upto(old.pieces, common), *beyond(new.pieces, common)), new.n_tokens)
-
-    def _controls(self, pattern: Pattern) -> list[int]:
-        return [index for literal in pattern.literals for index in self._codec.expected(literal)]
 
 
 def plain(lines: Iterable[Line]) -> bool:
@@ -237,25 +262,3 @@ def beyond(pieces: Context, n: int) -> Context:
             left.append(piece if n <= 0 else SpanSlice(piece.span, piece.start + n, piece.stop))
         n -= len(piece)
     return tuple(left)
-
-
-def _pieces(ids: Ids, where: Sequence[int], cuts: Sequence[Cut], lines: Sequence[Line], content: Origin) -> Context:
-    """Spans for the ids of a gap: each line's markup and content in its own role, the header the assistant's.
-
-    `where` holds the first and last token of each content; a token that straddles is the content's.
-    """
-    parts: list[tuple[int, Role, Origin]] = []  # (stop, role, origin)
-    edge = 0
-    for cut, first, last in zip(cuts, where[::2], where[1::2], strict=True):
-        role = lines[cut.line].role
-        parts += ((max(first, edge), role, "template"), (max(last + 1, edge), role, content))
-        edge = max(last + 1, edge)
-    parts.append((ids.size, "assistant" if parts or not lines else lines[-1].role, "template" if parts else content))
-    pieces: list[SpanSlice] = []
-    start = 0
-    for index, (stop, role, origin) in enumerate(parts):
-        joins = index + 1 < len(parts) and parts[index + 1][1:] == (role, origin)
-        if stop > start and not joins:
-            pieces.append(SpanSlice(Span(ids[start:stop], role, origin, actor=role), 0, stop - start))
-            start = stop
-    return tuple(pieces)

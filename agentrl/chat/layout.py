@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from agentrl.chat.calls.base import to_json
 from agentrl.chat.codec import Codec
@@ -56,14 +56,6 @@ class Layout:
     ended: bool = True
 
 
-class Cut(NamedTuple):
-    """Characters [start, stop) of a gap are the content of line `line`."""
-
-    start: int
-    stop: int
-    line: int
-
-
 @dataclass(frozen=True, slots=True)
 class Pattern:
     """A gap's text with slots. `slots[k]` = (line, field, transform) stands between literals k and k + 1."""
@@ -71,18 +63,16 @@ class Pattern:
     literals: tuple[str, ...]
     slots: tuple[tuple[int, str, Transform], ...]
 
-    def fill(self, lines: Sequence[Line]) -> tuple[str, list[Cut]]:
-        """The gap for these lines, and where their contents stand in it."""
+    def values(self, lines: Sequence[Line]) -> list[str]:
+        """What goes into the slots for these lines."""
+        return [transform(getattr(lines[index], field)) for index, field, transform in self.slots]
+
+    def join(self, values: Sequence[str]) -> str:
+        """The gap's text with `values` in the slots."""
         parts = [self.literals[0]]
-        cuts: list[Cut] = []
-        length = len(parts[0])
-        for (index, field, transform), literal in zip(self.slots, self.literals[1:], strict=True):
-            value = transform(getattr(lines[index], field))
-            if field == "text" and value:
-                cuts.append(Cut(length, length + len(value), index))
+        for value, literal in zip(values, self.literals[1:], strict=True):
             parts += (value, literal)
-            length += len(value) + len(literal)
-        return "".join(parts), cuts
+        return "".join(parts)
 
 
 class Layouts:
@@ -139,6 +129,9 @@ class Layouts:
             thinking = text.find(sentinel("t", index), edge) if item.thinking else -1
             content = text.find(sentinel("c", index), edge)
             last = text.find(sentinel("z", index, n - 1), edge) if n else content
+            told = thinking >= 0 or content >= 0 or (mode.calls == "bare" and self.template.thinking_field)
+            if item.thinking and not told:
+                raise Refused("the template shows nothing of the text in front of calls")
             if last < 0 or content > last:
                 raise Refused("the template loses the assistant's words or moves them behind its calls")
             starts = [at for at in (thinking, content) if at >= 0]
@@ -248,12 +241,13 @@ def _probe(text: str) -> str:
 
 
 def _complete(items: Sequence[Item], layout: Layout) -> bool:
-    """True where the content of each line after the last voice stands in the last gap. Earlier ones may be
-    gone by the template's own rule (Mistral shows the system's text only in front of a last user message)."""
-    for item in reversed(items):
+    """True where each line's content stands in the gap where it belongs. A system's text may be gone once the
+    assistant has spoken (Mistral shows it only in front of a last user message)."""
+    gap = 0
+    for item in items:
         if isinstance(item, Voice):
-            break
-        if item.text not in layout.gaps[-1]:
+            gap += 1
+        elif item.text not in layout.gaps[gap] and not (item.role == "system" and len(layout.gaps) > 1):
             return False
     return True
 

@@ -26,8 +26,8 @@ class Reader:
 
     def parse(self, ids: Ids, parameters: Schemas) -> Parsed:
         cut = not self.ended(ids)
-        said = ids if cut else ids[:-1]
-        text = self._codec.decode(said.tolist())
+        said = ids.tolist() if cut else ids[:-1].tolist()
+        text = self._codec.decode(said)
         thinking, rest = self._split(text)
         if rest is None:
             how = "was cut off by the token limit" if cut else "has no end"
@@ -40,7 +40,7 @@ class Reader:
             calls, rest = found.calls, found.rest
         except Malformed as mistake:
             error = str(mistake)
-        if self._codec.controls(said):
+        if self._codec.has_control(said):
             rest = self._codec.without_control_text(rest)
         return Parsed(text, rest.strip(), thinking, calls, error)
 

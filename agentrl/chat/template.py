@@ -12,6 +12,7 @@ role, a tool's result is a user message that holds `<tool_response>…</tool_res
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -91,28 +92,26 @@ class Template:
         self._options = dict(options)
         self.source = template_source(tokenizer)
         self.calls = calls
-        self.thinking = next((tags for tags in _THINKING_TAGS if tags[1] in self.source), _THINKING_TAGS[0])
-        # The field is asked for by its use on a message; text that merely says "thinking" is not a field.
-        self.thinking_field = next(
-            (
-                f
-                for f in _THINKING_FIELDS
-                if f".{f}" in self.source or f"'{f}'" in self.source or f'"{f}"' in self.source
-            ),
-            None,
-        )
-        if (
-            self.thinking_field == "thinking"
-            and "enable_thinking" in self.source
-            and "message.thinking" not in self.source
-        ):
-            self.thinking_field = None
+        self._in_parts = False
+        known = next((tags for tags in _THINKING_TAGS if tags[1] in self.source), None)
+        self.thinking = known or _THINKING_TAGS[0]
+        self.thinking_field = next((name for name in _THINKING_FIELDS if self._reads(name)), None)
+        # A template that says nothing of thinking shows it as it shows any text.
+        self.knows_thinking = known is not None or self.thinking_field is not None
+
+    def _reads(self, name: str) -> bool:
+        """True where the template's text takes `name` from a message."""
+        return re.search(rf"""(?:\.|get\(['"]|\[['"]){name}\b|['"]{name}['"] in """, self.source) is not None
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]], generate: bool) -> str:
         """The template's text. Raises `Refused` with the template's reason."""
+        given = [dict(message) for message in messages]
+        if self._in_parts:
+            for message in given:
+                message["content"] = [{"type": "text", "text": message["content"]}]
         try:
             text = self._tokenizer.apply_chat_template(
-                [dict(message) for message in messages],
+                given,
                 tools=list(tools) or None,
                 add_generation_prompt=generate,
                 tokenize=False,
@@ -127,12 +126,17 @@ class Template:
     def probe(self) -> None:
         """Find out whether there are a system role and tools. Raises `UsageError` where nothing works."""
         user = {"role": "user", "content": sentinel("u", 0)}
-        try:
-            alone = self.render([user], (), True)
-        except Refused as error:
-            raise UsageError(f"the chat template does not render a single user message: {error}") from error
-        if sentinel("u", 0) not in alone:
-            raise UsageError("the chat template drops the user's message; check tokenizer.chat_template")
+        alone = ""
+        reason = "it drops the text"
+        for self._in_parts in (False, True):  # templates of multimodal models want lists of parts
+            try:
+                alone = self.render([user], (), True)
+            except Refused as error:
+                reason = str(error)
+            if sentinel("u", 0) in alone:
+                break
+        else:
+            raise UsageError(f"the chat template does not render a user's message ({reason}); check chat_template")
         self.header = alone[alone.rindex(sentinel("u", 0)) + 9 :]
         self.has_system = self._shows([{"role": "system", "content": sentinel("s", 0)}, user], (), sentinel("s", 0))
         tool = {
