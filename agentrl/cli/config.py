@@ -47,7 +47,7 @@ def schema(*imports: str) -> None:
 
 
 @app.command
-def diff(a: str, b: str) -> None:
+def diff(a: str, b: str, /) -> None:
     """Print the keys in which two configurations (files or run folders) differ, defaults included.
 
     Args:

@@ -294,7 +294,7 @@ def test_setting_and_taking_out_the_same_key_is_refused() -> None:
 def test_all_mistakes_come_at_once() -> None:
     lines = wrong("titel: x\nseed: x\nnote: ${env:NOT_SET_HERE}\nseed: 1\n", "stages.0=1", "shape=sqare", "+a=1")
     places = [line.split(": ")[0] for line in lines]
-    assert places == ["run.yaml:3", "run.yaml:4", "+a=1", "run.yaml:2", "shape=sqare", "stages.0=1", "run.yaml:1"]
+    assert places == ["run.yaml:3", "run.yaml:4", "+a=1", "stages.0=1", "run.yaml:2", "shape=sqare", "run.yaml:1"]
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
