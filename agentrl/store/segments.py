@@ -53,6 +53,17 @@ def disk_failed(path: Path, error: OSError) -> RunFailed:
     )
 
 
+def sync_path(path: Path) -> None:
+    """Wait until the disk holds a file's bytes, or a folder's names. Raises `RunFailed`."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        raise disk_failed(path, error) from error
+    finally:
+        os.close(fd)
+
+
 def open_locked(path: Path) -> int:
     """A descriptor for appending to `path`, locked against other writers. Raises `UsageError` where it is taken."""
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
@@ -74,6 +85,8 @@ class Segment:
             self.end = os.fstat(self._fd).st_size
         except OSError as error:
             raise disk_failed(path, error) from error
+        if self.end == 0:
+            sync_path(path.parent)
         self._written = self.end
         self._buffer: list[bytes] = []
 

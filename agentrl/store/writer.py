@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -25,7 +25,7 @@ from agentrl.store.frames import Encoder, Kind
 from agentrl.store.journal import Journal
 from agentrl.store.key import EpisodeKey
 from agentrl.store.rebuild import catch_up
-from agentrl.store.segments import Segment, check_writer, disk_failed, number_of, series, write_all
+from agentrl.store.segments import Segment, check_writer, disk_failed, number_of, series, sync_path, write_all
 from agentrl.trajectory import Group, Ids, Trajectory, Turn, as_ids
 
 Keep = Literal["all", "every_n", "last_k"]
@@ -71,27 +71,32 @@ class StoreWriter:
         for folder in (self._folder, self._media):
             folder.mkdir(parents=True, exist_ok=True)
         own = series(self._folder, writer)
-        self._segment = Segment(own[-1] if own else self._folder / f"{writer}-0.bin")
         self._index_path = run_dir / index.NAME
-        self._db = index.connect(run_dir)
-        self._recover(own)
-        self._journal = Journal(self._folder, writer, self._latest)
-        if pieces is not None:
-            known = [int(token) for (token,) in self._db.execute("SELECT token FROM pieces")]
-            self._grow(max(known, default=-1) + 1)
-            self._seen[known] = True
+        with ExitStack() as undo:
+            self._segment = Segment(own[-1] if own else self._folder / f"{writer}-0.bin")
+            undo.callback(self._segment.close)
+            self._db = index.connect(run_dir)
+            undo.callback(self._db.close)
+            with self._guard():
+                self._recover(own)
+                self._journal = Journal(self._folder, writer, self._latest)
+                if pieces is not None:
+                    known = [int(token) for (token,) in self._db.execute("SELECT token FROM pieces")]
+                    self._grow(max(known, default=-1) + 1)
+                    self._seen[known] = True
+            undo.pop_all()
 
     def _recover(self, own: Sequence[Path]) -> None:
         """Index what was appended but not committed before a crash, and cut the torn tail."""
-        self._db.execute("BEGIN IMMEDIATE")
-        for path in own:
-            row = self._db.execute("SELECT indexed FROM segments WHERE name = ?", (path.name,)).fetchone()
-            start = int(row[0]) if row else 0
-            if path.stat().st_size > start:
-                end = catch_up(self._db, path, start)
-                if path == self._segment.path and end < self._segment.end:
-                    self._segment.cut(end)
-        self._db.execute("COMMIT")
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for path in own:
+                row = self._db.execute("SELECT indexed FROM segments WHERE name = ?", (path.name,)).fetchone()
+                start = int(row[0]) if row else 0
+                if path.stat().st_size > start:
+                    end = catch_up(self._db, path, start)
+                    if path == self._segment.path and end < self._segment.end:
+                        self._segment.cut(end)
 
     def _latest(self, id: str) -> int:
         (attempt,) = self._db.execute("SELECT MAX(attempt) FROM trajectories WHERE id = ?", (id,)).fetchone()
@@ -280,7 +285,9 @@ class StoreWriter:
             except sqlite3.IntegrityError as error:
                 raise ValueError(f"an (id, attempt) is stored already; write the next attempt ({error})") from error
             for path in self._unsynced:
-                _sync(path)
+                sync_path(path)
+            if self._unsynced:
+                sync_path(self._media)
             if tokens is not None:
                 tokens.append(b"".join(batch.token_frames))
                 tokens.sync()
@@ -315,13 +322,3 @@ class _Batch:
         self.token_frames.append(frame)
         self._tokens_end += len(frame)
         return at
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fdatasync(fd)
-    except OSError as error:
-        raise disk_failed(path, error) from error
-    finally:
-        os.close(fd)

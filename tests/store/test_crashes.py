@@ -187,4 +187,7 @@ def test_a_damaged_index_says_how_to_mend_it(tmp_path: Path, records: ModuleType
     (tmp_path / "index.sqlite").write_bytes(b"no database" * 1000)
     with pytest.raises(RunFailed, match=r"damaged .*run agentrl index --rebuild"):
         StoreReader(tmp_path)
+    with pytest.raises(RunFailed, match=r"damaged .*run agentrl index --rebuild"):
+        StoreWriter(tmp_path)
     assert rebuild(tmp_path) == 1
+    StoreWriter(tmp_path).close()
