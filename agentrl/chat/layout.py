@@ -138,10 +138,13 @@ class Layouts:
             start = min(starts) if starts else self._before_calls(text, edge, index, items)
             gap = text[edge:start]
             whole = thinking >= 0 or not item.thinking
-            if whole and before is not None and gap.startswith(before[len(gaps)]):
-                gap = before[len(gaps)]
+            old = before[len(gaps)] if before is not None and whole else None
+            if old is not None and gap.startswith(old):
+                gap = old
             elif thinking >= 0:
                 gap = self._without_opening(gap)
+            elif old is not None and gap.rstrip()[-6:] == old.rstrip()[-6:]:
+                gap = gap.rstrip() + old[len(old.rstrip()) :]  # the same header: the blank behind it was the voice's
             gaps.append(gap)
             kept.append(whole)
             edge = self._after_calls(text, index, n, items) if n else content + len(sentinel("c", index))

@@ -48,7 +48,8 @@ CHATML = """{%- if tools %}{{ '<|im_start|>system\\n' }}
 {%- if m.role == 'user' %}{{ '<|im_start|>user\\n' + m.content + '<|im_end|>\\n' }}
 {%- elif m.role == 'assistant' %}{{ '<|im_start|>assistant\\n' + m.content }}
 {%- for c in m.tool_calls %}{{ '\\n' if m.content or not loop.first else '' }}
-{{- '<tool_call>\\n{"name": "' + c.function.name + '", "arguments": ' + (c.function.arguments | tojson) + '}\\n</tool_call>' }}
+{{- '<tool_call>\\n{"name": "' + c.function.name + '", "arguments": ' }}
+{{- (c.function.arguments | tojson) + '}\\n</tool_call>' }}
 {%- endfor %}{{ '<|im_end|>\\n' }}
 {%- elif m.role == 'tool' %}
 {%- if loop.first or messages[loop.index0 - 1].role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}
@@ -57,7 +58,8 @@ CHATML = """{%- if tools %}{{ '<|im_start|>system\\n' }}
 {%- endif %}{%- endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
 # Mistral v3: tools before the last user message, results with the call's nine-character id, strict alternation.
-MISTRAL = """{%- if messages[0].role == 'system' %}{% set system = messages[0].content %}{% set messages = messages[1:] %}{% endif %}
+MISTRAL = """{%- if messages[0].role == 'system' %}
+{%- set system = messages[0].content %}{% set messages = messages[1:] %}{% endif %}
 {%- set last = namespace(user=-1, n=0) %}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}
@@ -68,17 +70,18 @@ MISTRAL = """{%- if messages[0].role == 'system' %}{% set system = messages[0].c
 {{- bos_token }}
 {%- for m in messages %}
 {%- if m.role == 'user' %}
-{%- if tools and loop.index0 == last.user %}{{ '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
+{%- if tools and loop.index0 == last.user %}
+{{- '[AVAILABLE_TOOLS] ' + (tools | tojson) + '[/AVAILABLE_TOOLS]' }}{% endif %}
 {%- if loop.last and system is defined %}{{ '[INST] ' + system + '\\n\\n' + m.content + '[/INST]' }}
 {%- else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}
 {%- elif m.role == 'assistant' and m.tool_calls %}{{ '[TOOL_CALLS] [' }}
 {%- for c in m.tool_calls %}
-{%- if c.id | length != 9 %}{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}
+{%- if c.id | length != 9 %}{{ raise_exception('Tool call IDs should have length 9!') }}{% endif %}
 {{- (c.function | tojson)[:-1] + ', "id": "' + c.id + '"}' + (', ' if not loop.last else ']' + eos_token) }}
 {%- endfor %}
 {%- elif m.role == 'assistant' %}{{ ' ' + m.content | trim + eos_token }}
 {%- elif m.role == 'tool' %}
-{%- if m.tool_call_id | length != 9 %}{{ raise_exception('Tool call IDs should be alphanumeric strings with length 9!') }}{% endif %}
+{%- if m.tool_call_id | length != 9 %}{{ raise_exception('Tool call IDs should have length 9!') }}{% endif %}
 {{- '[TOOL_RESULTS] {"content": ' + (m.content | tojson) + ', "call_id": "' + m.tool_call_id + '"}[/TOOL_RESULTS]' }}
 {%- else %}{{ raise_exception('Only user, assistant and tool roles are supported') }}{% endif %}{% endfor %}"""
 
@@ -90,7 +93,8 @@ MISTRAL_V11 = """{{ bos_token }}
 {%- for m in messages %}
 {%- if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}
 {%- elif m.role == 'assistant' %}{{ m.content }}
-{%- for c in m.tool_calls %}{{ '[TOOL_CALLS]' + c.function.name + '[ARGS]' + (c.function.arguments | tojson) }}{% endfor %}
+{%- for c in m.tool_calls %}
+{{- '[TOOL_CALLS]' + c.function.name + '[ARGS]' + (c.function.arguments | tojson) }}{% endfor %}
 {{- eos_token }}
 {%- elif m.role == 'tool' %}{{ '[TOOL_RESULTS]' + m.content + '[/TOOL_RESULTS]' }}{% endif %}{% endfor %}"""
 

@@ -31,8 +31,11 @@ class PatternCalls:
             raise UsageError(f"tool_format: {pattern!r} needs the groups (?P<name>…) and (?P<arguments>…)")
         self._parts = _literals(pattern)
         self.opener = self._parts[0] if self._parts else ""
-        self.marks: tuple[str, ...] = tuple(part for part in self._parts if part not in ("name", "arguments"))
-        self.example = self._fill("tool", '{"key": "value"}') or pattern
+        self.marks: tuple[str, ...] = tuple(part for part in self._parts[::2] if part)
+        written = self._fill("tool", '{"key": "value"}')
+        found = self.pattern.fullmatch(written)
+        self._writes = found is not None and found["name"] == "tool" and found["arguments"] == '{"key": "value"}'
+        self.example = written if self._writes else pattern
 
     def find(self, text: str, cut: bool, schemas: Schemas) -> Found:
         calls: list[ToolCall] = []
@@ -51,19 +54,16 @@ class PatternCalls:
         return Found(tuple(calls), left)
 
     def write(self, calls: Sequence[ToolCall]) -> str:
-        written = [self._fill(call.name, to_json(call.arguments)) for call in calls]
-        if None in written:
+        if calls and not self._writes:
             raise UsageError(
                 f"tool_format: calls cannot be written from the pattern {self.pattern.pattern!r}; "
                 "keep everything outside the two groups plain text, or do without demonstrations"
             )
-        return "\n".join(text for text in written if text is not None)
+        return "\n".join(self._fill(call.name, to_json(call.arguments)) for call in calls)
 
-    def _fill(self, name: str, arguments: str) -> str | None:
+    def _fill(self, name: str, arguments: str) -> str:
         values = {"name": name, "arguments": arguments}
-        text = "".join(values.get(part, part) if index % 2 else part for index, part in enumerate(self._parts))
-        match = self.pattern.fullmatch(text)
-        return text if match and match["name"] == name and match["arguments"] == arguments else None
+        return "".join(values[part] if index % 2 else part for index, part in enumerate(self._parts))
 
 
 def _literals(pattern: str) -> list[str]:
