@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 21
-"""Logits in one chunk (8 MB in float32)."""
+CHUNK = 1 << 22
+"""Logits in one chunk (16 MB in float32)."""
 
 
 def target_logprobs(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+Dtype: TypeAlias = Literal["float32", "bfloat16"]
 Schedule: TypeAlias = Literal["linear", "cosine", "constant"]
 
 DIGITS_AND_LINES = r"\d{1,2}|[^\d\n]*\n|[^\d\n]+"
@@ -94,9 +94,9 @@ class OptimizerOptions(Options):
 
     `name`: "adamw", "muon" (Muon on the hidden matrices, AdamW on everything else), or any class of
     `torch.optim`, whose own keyword arguments go into `args`. `warmup` counts optimiser steps; the
-    rate then falls to `min_lr_ratio` (.1) of `lr` at the last step, or stays where constant. `clip` bounds the global gradient norm
-    (null: no bound). `betas` belong to AdamW and its kin ((.9, .999), or (.9, .95) under muon),
-    `momentum` to muon (.95).
+    rate then falls to `min_lr_ratio` (.1) of `lr` at the last step, or stays where constant. `clip`
+    bounds the global gradient norm (null: no bound). `betas` belong to AdamW and its kin ((.9, .999),
+    or (.9, .95) under muon), `momentum` to muon (.95).
     """
 
     name: str = "adamw"
