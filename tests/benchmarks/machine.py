@@ -1,7 +1,7 @@
 """The machine a benchmark ran on, and how much memory a process of it took.
 
-Standard library only, so that the peers' own Python environments can import it too. No dates and no host names: two runs
-on one machine describe it alike.
+Standard library only, so that the peers' own Python environments can import it too. No dates and no host names: two
+runs on one machine describe it alike.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "threads": threads(),
-        **{name: _version(name) for name in ("torch", "transformers")},
+        **{name: version(name) for name in ("torch", "transformers")},
     }
 
 
@@ -94,7 +94,8 @@ def _memory_bytes() -> int:
         return 0
 
 
-def _version(name: str) -> str | None:
+def version(name: str) -> str | None:
+    """The installed version of a distribution, None where it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
