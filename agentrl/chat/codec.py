@@ -43,8 +43,7 @@ class Codec:
                 f"{type(tokenizer).__name__} is not backed by the tokenizers library; "
                 "save it with a tokenizer.json (AutoTokenizer.from_pretrained(...).save_pretrained) and load that"
             )
-        self._spec = backend.to_str()
-        self._backend = Tokenizer.from_str(self._spec)
+        self._backend = Tokenizer.from_str(backend.to_str())
         self._backend.no_padding()
         self._backend.no_truncation()
         self._backend.encode_special_tokens = False
@@ -197,7 +196,7 @@ class Codec:
 
     @cached_property
     def _plain(self) -> Tokenizer:
-        spec = json.loads(self._spec)
+        spec = json.loads(self._backend.to_str())
         spec["added_tokens"] = []
         return Tokenizer.from_str(json.dumps(spec))
 

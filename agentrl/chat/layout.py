@@ -188,13 +188,17 @@ class Layouts:
     # -- finding a mode ------------------------------------------------------------------------------
 
     def mode(self, items: Sequence[Item], tools: Sequence[dict[str, Any]], tools_key: int) -> Mode:
-        """The first mode in which nothing of `items` is lost; remembered by their shape. Raises `Refused`."""
-        shape = (tools_key, *(item if isinstance(item, Voice) else (item.role, not item.text) for item in items))
+        """The first mode in which nothing of `items` is lost; remembered by their shape. Raises `Refused`.
+
+        Empty contents are tried as if they were none: that an empty one is lost would not be seen.
+        """
+        shape = (tools_key, *(item if isinstance(item, Voice) else item.role for item in items))
         found = self._modes.get(shape)
         if found is None:
             if len(self._modes) > 4096:
                 self._modes.clear()
-            found = self._modes[shape] = self._find_mode(sentinels(items), tools)
+            filled = [item if isinstance(item, Voice) else Line(item.role, item.text or "x") for item in items]
+            found = self._modes[shape] = self._find_mode(sentinels(filled), tools)
         return found
 
     def _find_mode(self, items: Sequence[Item], tools: Sequence[dict[str, Any]]) -> Mode:

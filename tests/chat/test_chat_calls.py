@@ -201,8 +201,15 @@ def test_gemma_keeps_types(arguments: dict[str, Any]) -> None:
     assert format_of("gemma").find(text, False, {}).calls[0].arguments == arguments
 
 
+PIECES = (
+    *"{}[]\"':,<>/= \n1a",
+    *("<tool_call>", "</tool_call>", '"name"', "[TOOL_CALLS]", "[ARGS]", "<function=", "<parameter=", "</function>"),
+    *("<arg_key>", "<|tool_call>", "call:f", '<|"|>', "<call name=", '{"name": "f", "arguments": {}}'),
+)
+
+
 @pytest.mark.parametrize("name", WRITERS)
-@given(text=st.lists(st.sampled_from([*"{}[]\"':,<>/= \n1a", "<tool_call>", "</tool_call>", '"name"', "[TOOL_CALLS]", "[ARGS]", "<function=", "<parameter=", "</function>", "<arg_key>", "<|tool_call>", "call:f", '<|"|>', "<call name=", '{"name": "f", "arguments": {}}']), max_size=25), cut=st.booleans())  # fmt: skip
+@given(text=st.lists(st.sampled_from(PIECES), max_size=25), cut=st.booleans())
 def test_no_text_breaks_a_reader(name: str, text: list[str], cut: bool) -> None:
     """Any text gives calls, an answer or a sentence; where the format opens a call, never just an answer."""
     made, written = format_of(name), "".join(text)

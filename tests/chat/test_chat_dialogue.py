@@ -50,7 +50,7 @@ def test_dropped_thinking_is_a_slice_of_the_same_span(name: str) -> None:
     assert [piece.span for piece in pieces] == [span, second]
     assert all(piece.start > 0 and piece.stop == len(piece.span) for piece in pieces)
     assert dialogue.n_tokens == ids_of(dialogue.context).size
-    third, _ = say(dialogue, "Bye.", thinking="a last PONDER")
+    say(dialogue, "Bye.", thinking="a last PONDER")
     assert shown(dialogue).count("PONDER") == 1
 
 

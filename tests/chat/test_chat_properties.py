@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from chat_cases import TOOLS, chat_of, sampled
 from chat_dialects import DIALECTS
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from agentrl.chat import ChatFormat, Dialogue, Message
@@ -54,6 +54,14 @@ def turns(draw: st.DrawFn) -> dict[str, Any]:
 conversations = st.fixed_dictionaries(
     {"system": st.none() | contents, "user": contents, "turns": st.lists(turns(), min_size=1, max_size=4)}
 )
+
+
+# An empty result tells nothing of where results go; the next one must not move it.
+EMPTY_THEN_NOT = {
+    "system": None,
+    "user": "",
+    "turns": [{"say": Say("ok"), "raw": None, "cut": 0, "reply": [("tool", text)]} for text in ("", "5", "")],
+}
 
 
 def ids_said(chat: ChatFormat, dialogue: Dialogue, turn: dict[str, Any]) -> Ids:
@@ -116,6 +124,7 @@ def others(dialogue: Dialogue) -> list[int]:
 @pytest.mark.parametrize("name", NAMES)
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(conversation=conversations)
+@example(conversation=EMPTY_THEN_NOT)
 def test_random_conversations(name: str, conversation: dict[str, Any]) -> None:
     contexts, dialogue = play(name, conversation)
     again, _ = play(name, conversation)
