@@ -135,8 +135,9 @@ def _from_json(line: str) -> list[ToolCall]:
 
 
 def _arguments(call: ast.Call, name: str, tool: Tool | None) -> dict[str, Any]:
-    """Keyword arguments, and positional ones by the tool's order."""
-    order = [field.alias or "" for field in tool.arguments.model_fields.values()] if tool else []
+    """Keyword arguments, and positional ones by the tool's order. An unknown tool is the host's to refuse."""
+    fields = tool.arguments.model_fields.values() if tool else ()
+    order = [field.alias or "" for field in fields] if tool else [str(n) for n in range(len(call.args))]
     if len(call.args) > len(order):
         raise UsageError(f"{name} takes {len(order)} arguments; name them, as in {name}(key=value)")
     pairs = [*zip(order, call.args, strict=False), *((k.arg, k.value) for k in call.keywords)]

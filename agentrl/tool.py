@@ -20,6 +20,7 @@ from functools import cached_property
 from typing import Any, Self, TypeVar, overload
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic.fields import FieldInfo
 
 from agentrl.errors import ToolError, UsageError
 
@@ -116,6 +117,8 @@ class Tool:
                 raise UsageError(
                     f"tool {self.name!r}: annotate parameter {parameter.name!r}, the schema is made from it"
                 )
+            if isinstance(parameter.default, FieldInfo):
+                raise UsageError(f"tool {self.name!r}: write {parameter.name!r} as Annotated[type, Field(…)] = default")
             default = ... if parameter.default is parameter.empty else parameter.default
             described = self._doc[1].get(parameter.name)
             field = Field(default, description=described, alias=parameter.name)

@@ -286,7 +286,10 @@ class Play:
             return None
         finally:
             await episode.close()
-        trace.steps = [(turn.text, turn.observation) for turn in episode.turns]
+        trace.steps = [
+            (turn.observation, turn.text, *((use.call.name, dict(use.call.arguments)) for use in turn.tools))
+            for turn in episode.turns
+        ]
         return trace
 
     def leaks(self, tasks: Sequence[Task], script: Sequence[Action], traces: Sequence[Trace]) -> None:
@@ -331,7 +334,7 @@ def _stands(answer: Any, text: str) -> bool:
 
 
 def _short(step: tuple[Any, ...]) -> str:
-    return _brief(repr(step[0] if len(step) == 2 else step))
+    return _brief(repr(step))
 
 
 def _brief(text: str) -> str:
