@@ -272,4 +272,4 @@ def policy_loss(tokens: Tokens, surrogate: Surrogate, terms: Sequence[AuxTerm]) 
         per_token = per_token + extra
         metrics |= more
     loss = (per_token * tokens.weights).sum()
-    return loss, {name: float((value * tokens.weights).sum()) for name, value in metrics.items()}
+    return loss, {name: float((value.detach() * tokens.weights).sum()) for name, value in metrics.items()}
