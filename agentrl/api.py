@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from agentrl.config import SCHEMA_VERSION, Config, parse
 from agentrl.console import Reporter, make_reporter
 from agentrl.errors import UsageError
-from agentrl.loader import load, to_yaml
+from agentrl.loader import Loaded, as_text, load
 from agentrl.store import RunFolder
 from agentrl.train.options import HFModel
 from agentrl.tuning import tune
@@ -23,7 +23,7 @@ from agentrl.tuning import tune
 if TYPE_CHECKING:
     from agentrl.metrics import Summary
 
-ConfigLike = Config | Mapping[str, Any] | str | Path
+ConfigLike = Config | Loaded[Any] | Mapping[str, Any] | str | Path
 Decode = Literal["sampled", "greedy"]
 
 
@@ -53,7 +53,7 @@ def train(
         from agentrl.train.trainer import Trainer
 
         path = Path(resolved.out) / resolved.name
-        text = to_yaml(resolved.model_dump(mode="json"))
+        text = config.yaml if isinstance(config, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv, resume=resume) as folder:
             summary = asyncio.run(Trainer(resolved, folder, reporter).run())
         reporter.finished(asdict(summary), next_commands(path))
@@ -74,6 +74,7 @@ def next_commands(path: Path) -> list[str]:
 def evaluate(
     source: ConfigLike,
     *,
+    overrides: Sequence[str] = (),
     checkpoint: str | None = None,
     model: str | Path | None = None,
     endpoint: str | None = None,
@@ -91,7 +92,7 @@ def evaluate(
     place of the run's policy. `samples` > 1 adds pass@k to the sampled record.
     """
     run = _run_folder(source)
-    config = as_config(run / "config.resolved.yaml" if run else source)
+    config = as_config(run / "config.resolved.yaml" if run else source, overrides)
     tune()
     reporter = reporter or make_reporter()
     try:
@@ -117,7 +118,7 @@ def rollout(config: ConfigLike, *, out: str | Path, n: int = 16, reporter: Repor
         from agentrl.train.judge import Judge
 
         path = Path(out)
-        text = to_yaml(resolved.model_dump(mode="json"))
+        text = config.yaml if isinstance(config, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv) as folder:
             asyncio.run(Judge(resolved, reporter, n=n, split="train").record(folder.path))
         reporter.note(f"recorded in {path}")
@@ -175,6 +176,8 @@ def _checkpoint(run: Path | None, name: str | None) -> Path | None:
 
 def as_config(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
     """A validated configuration from a file, a dictionary, or one that is already validated."""
+    if isinstance(config, Loaded):
+        config = config.config
     if isinstance(config, Config):
         if overrides:
             raise UsageError("overrides go with a file or a dictionary; use config.model_copy(update=…) instead")

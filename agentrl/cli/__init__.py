@@ -90,11 +90,11 @@ def _verdict(error: Exception, words: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, CycloptsError):
         return _cyclopts(error, words), BAD_INPUT
     if isinstance(error, UsageError):
-        return str(error), BAD_INPUT
+        return "\n".join(map(_one_line, getattr(error, "mistakes", [error]))), BAD_INPUT
     if isinstance(error, RunFailed):
-        return f"the run failed: {error}", FAILED
+        return f"the run failed: {_one_line(error)}", FAILED
     if isinstance(error, AgentRLError):
-        return str(error), FAILED
+        return _one_line(error), FAILED
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return (
             f"the disk is full ({error.filename or 'while writing'}): free some space and go on with --resume",
@@ -112,7 +112,7 @@ def _cyclopts(error: CycloptsError, words: Sequence[str]) -> str:
         meant = did_you_mean(words[0], VERBS) or f"; the commands are {', '.join(VERBS)}"
         return f"there is no command {words[0]!r}{meant}"
     error.verbose = False
-    text = " ".join(str(error).split())
+    text = _one_line(error)
     if isinstance(error, UnknownOptionError) and "=" in (word := error.token.keyword or error.token.value):
         text += f" A key of the configuration is set without dashes: {word.lstrip('-')}"
     known = next((word for word in words if word in VERBS), None)
@@ -123,6 +123,10 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` for the nearest of `known`, else nothing."""
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _first_line(text: str) -> str:

@@ -6,14 +6,23 @@ import importlib.util
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
 
 import agentrl
-from agentrl.cli import FAILED, inputs
+from agentrl.cli import DONE, FAILED, inputs
+from agentrl.console import visible
 from agentrl.console.live import plan_table
 from agentrl.tuning import tune
+
+if TYPE_CHECKING:
+    from agentrl.chat.doctor import Finding
 
 EXTRAS = {"peft": "lora", "matplotlib": "plot", "tensorboard": "tensorboard", "wandb": "wandb", "httpx": "endpoint"}
 
@@ -26,20 +35,36 @@ def doctor(*, model: Path | None = None, config: Path | None = None) -> int:
         config: a configuration; it is resolved and checked, and its model's tokenizer too.
     """
     console = Console(highlight=False)
-    console.print(plan_table(machine()))
-    good = True
-    if config is not None:
-        loaded = inputs.load([str(config)], verb="doctor --config")
+    loaded = inputs.load([str(config)], verb="doctor --config") if config is not None else None
+    options: dict[str, Any] = {}
+    if loaded is not None:
         path = getattr(loaded.config.model, "path", None)
-        console.print(f"  {config} is sound", markup=False)
         model = model or (Path(path) if path else None)
-    if model is not None:
-        from agentrl.chat.doctor import diagnose
+        options = loaded.config.chat.model_dump()
+    console.print(plan_table(machine()))
+    if loaded is not None:
+        console.print(f"  {config} is sound", markup=False)
+    if model is None:
+        return DONE
+    from agentrl.chat.doctor import diagnose
 
-        report = diagnose(model)
-        good = report.ok
-        console.print(str(report), markup=False)
-    return 0 if good else FAILED
+    findings = diagnose(model, **options)
+    console.print(findings_table(findings))
+    broken = sum(finding.ok is False for finding in findings)
+    console.print(f"  {model}: " + (f"{broken} broken" if broken else "fit for training"), markup=False)
+    return FAILED if broken else DONE
+
+
+def findings_table(findings: Sequence[Finding]) -> RenderableType:
+    """One row a case: sound, broken, or worth knowing."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold", style="dim")
+    for finding in findings:
+        mark, style = {True: ("ok", "green"), False: ("broken", "bold red"), None: ("note", "bold")}[finding.ok]
+        grid.add_row(Text(f"  {mark}", style), visible(finding.name), Text(visible(finding.detail)))
+    return Padding(grid, (0, 0, 1, 0))
 
 
 def machine() -> list[tuple[str, str]]:

@@ -63,7 +63,8 @@ def evaluate(
     try:
         with inputs.located(loaded):
             api.evaluate(
-                folder or loaded.config,
+                folder or loaded,
+                overrides=inputs.Given.of(words).overrides if folder else (),
                 checkpoint=checkpoint,
                 model=model,
                 endpoint=endpoint,

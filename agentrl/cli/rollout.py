@@ -38,6 +38,6 @@ def rollout(
     reporter = make_reporter(as_json=json)
     try:
         with inputs.located(loaded):
-            api.rollout(loaded.config, n=n, out=out, reporter=reporter)
+            api.rollout(loaded, n=n, out=out, reporter=reporter)
     finally:
         reporter.close()

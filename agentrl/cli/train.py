@@ -33,7 +33,10 @@ def train(
     if folder is not None and not (resume or dry_run):
         folder_command = shlex.join(["agentrl", "train", str(folder), "--resume"])
         raise UsageError(f"{folder} is a run that exists; go on with it: {folder_command}")
-    extra = [inputs.setting("out", out)] if out is not None else []
+    if folder is not None:  # it may have been moved since
+        extra = [inputs.setting("out", folder.absolute().parent), inputs.setting("name", folder.absolute().name)]
+    else:
+        extra = [inputs.setting("out", out)] if out is not None else []
     loaded = inputs.load(words, verb="train", extra=extra)
     tune()
     from agentrl import api
@@ -41,7 +44,7 @@ def train(
     reporter = make_reporter(as_json=json)
     try:
         with inputs.located(loaded):
-            api.train(loaded.config, resume=resume, dry_run=dry_run, reporter=reporter)
+            api.train(loaded, resume=resume, dry_run=dry_run, reporter=reporter)
     except KeyboardInterrupt:
         reporter.close()
         again = shlex.join(["agentrl", "train", *words, *(["--out", str(out)] if out else []), "--resume"])

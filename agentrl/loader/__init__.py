@@ -128,6 +128,11 @@ def origins(node: Node, path: str = "") -> dict[str, str]:
     return found
 
 
+def as_text(config: BaseModel) -> str:
+    """A configuration that was made in Python, as YAML that loads to an equal one."""
+    return to_yaml(_escaped(config.model_dump(mode="json", by_alias=True)))
+
+
 def _resolved(config: BaseModel, root: Node) -> dict[str, Any]:
     data: dict[str, Any] = _unresolve(_escaped(config.model_dump(mode="json", by_alias=True)), root)
     return data

@@ -198,7 +198,7 @@ def test_an_error_that_names_a_key_is_shown_where_the_key_was_set(run: Run, api:
         (
             KeyboardInterrupt(),
             130,
-            "stopped: interrupted; what was recorded is kept, go on with: agentrl train run.yaml 'name=a b' --resume",
+            "stopped: interrupted; what was recorded is kept, go on with: agentrl train run.yaml 'out=a b' --resume",
         ),
     ],
 )
@@ -268,7 +268,8 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path) -> None:
 
 def test_train_hands_the_configuration_on(run: Run, api: SimpleNamespace) -> None:
     assert run("train", "run.yaml", "seed=7", "--out", "my runs", "--dry-run")[0] == 0
-    [(name, (config,), named)] = api.calls
+    [(name, (loaded,), named)] = api.calls
+    config = loaded.config
     assert name == "train" and config.seed == 7 and config.out == "my runs"
     assert (named["dry_run"], named["resume"]) == (True, False)
 
@@ -279,12 +280,31 @@ def test_a_run_folder_stands_for_its_configuration(run: Run, api: SimpleNamespac
     code, _, err = run("train", "runs/x")
     assert code == 2 and err == "error: runs/x is a run that exists; go on with it: agentrl train runs/x --resume\n"
     assert run("train", "runs/x", "--resume")[0] == 0
-    assert api.calls[-1][1][0].seed == 5 and api.calls[-1][2]["resume"] is True
+    config = api.calls[-1][1][0].config
+    assert (config.out, config.name) == (str(Path("runs").absolute()), "x"), "wherever it was made"
+    assert config.seed == 5 and api.calls[-1][2]["resume"] is True
 
 
 def test_flags_may_stand_anywhere(run: Run, api: SimpleNamespace) -> None:
     assert run("train", "--no-color", "--resume", "run.yaml", "--debug", "seed=3")[0] == 0
-    assert api.calls[0][1][0].seed == 3 and os.environ.pop("NO_COLOR") == "1"
+    assert api.calls[0][1][0].config.seed == 3 and os.environ.pop("NO_COLOR") == "1"
+
+
+def test_eval_hands_the_run_and_what_is_changed_on(run: Run, api: SimpleNamespace) -> None:
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/config.resolved.yaml").write_text(CONFIG)
+    assert run("eval", "runs/x", "env.options.kind=mixed", "--decode", "greedy", "-n", "64")[0] == 0
+    [(name, (source,), named)] = api.calls
+    assert name == "evaluate" and source == Path("runs/x") and named["overrides"] == ("env.options.kind=mixed",)
+    assert named["decode"] == ("greedy",) and named["n"] == 64
+    assert run("eval", "run.yaml", "--endpoint", "http://x/v1", "--endpoint-model", "m", "seed=2")[0] == 0
+    assert api.calls[1][1][0].config.seed == 2 and api.calls[1][2]["endpoint_model"] == "m"
+    assert api.calls[1][2]["overrides"] == (), "they are in the configuration already"
+
+
+def test_rollout(run: Run, api: SimpleNamespace) -> None:
+    assert run("rollout", "run.yaml", "--out", "new", "-n", "3")[0] == 0
+    assert api.calls[0][2]["n"] == 3 and api.calls[0][2]["out"] == Path("new")
 
 
 def test_export(run: Run, api: SimpleNamespace) -> None:
@@ -325,3 +345,39 @@ def test_the_configurations_that_ship_are_sound(run: Run) -> None:
     for path in shipped:
         code, _, err = run("config", "show", str(path))
         assert (code, err) == (0, ""), path
+
+
+# -- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_describes_the_machine_and_checks_a_configuration(run: Run) -> None:
+    code, out, _ = run("doctor", "--config", "run.yaml")
+    assert code == 0 and "run.yaml is sound" in out and "torch" in out and "GiB free" in out
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_doctor_shows_what_the_cases_found(run: Run, monkeypatch: pytest.MonkeyPatch, broken: bool) -> None:
+    from agentrl.chat import doctor
+
+    asked: dict[str, Any] = {}
+
+    def diagnose(folder: Path, **options: Any) -> list[doctor.Finding]:
+        asked.update(options, folder=folder)
+        return [
+            doctor.Finding("unicode", True, "kept"),
+            doctor.Finding("thinking", None, "the template drops it in later turns"),
+            doctor.Finding("cut turn", not broken, "the end token is added as forced"),
+        ]
+
+    monkeypatch.setattr(doctor, "diagnose", diagnose)
+    Path("hf.yaml").write_text("model: some/folder\nbase: run.yaml\nchat: {tool_format: hermes}\n")
+    code, out, _ = run("doctor", "--config", "hf.yaml")
+    assert asked == {"folder": Path("some/folder"), "tool_format": "hermes", "template_options": {}}
+    assert "note" in out and "drops it in later turns" in out
+    assert (code, "1 broken" in out, "fit for training" in out) == ((1, True, False) if broken else (0, False, True))
+
+
+def test_doctor_names_a_folder_without_a_tokenizer(run: Run) -> None:
+    Path("empty").mkdir()
+    code, _, err = run("doctor", "--model", "empty")
+    assert code == 2 and err.startswith("error: ") and "empty" in err and err.count("\n") == 1
