@@ -23,8 +23,8 @@ from agentrl.effect import Effect, cut, effect_of, first_line, key_of, unknown_t
 from agentrl.env import Env, Episode, Obs
 from agentrl.errors import AgentRLError, EnvError, InfraError, PolicyError, ToolError
 from agentrl.task import Task
-from agentrl.threads import WORKERS
-from agentrl.tool import Toolkit
+from agentrl.threads import PATIENCE, WORKERS
+from agentrl.tool import Tool, Toolkit
 from agentrl.trajectory import ErrorKind, ToolCall
 
 GRACE = 0.5  # seconds a cancelled coroutine has to end
@@ -64,19 +64,22 @@ class Instance(Protocol):
     async def close(self, limit: float) -> None: ...
 
 
-async def invoke(function: Callable[[], Any], limit: float | None) -> Any:
-    """Call `function`, sync or async, for at most `limit` seconds. Returns its value or `Caught`; raises `Lost`."""
-    if inspect.iscoroutinefunction(function):
+async def invoke(function: Callable[[], Any], limit: float | None, tool: Tool | None = None) -> Any:
+    """Call `function`, sync or async, for at most `limit` seconds. Returns its value or `Caught`; raises `Lost`.
+
+    A `tool` remembers whether it was brief last time, which decides how it is waited for.
+    """
+    if tool.is_async if tool is not None else inspect.iscoroutinefunction(function):
         return await _awaited(function(), limit)
-    future = WORKERS.submit(function)
     try:
-        async with asyncio.timeout(limit):
-            returned = await future
+        job = await WORKERS.run(function, limit, PATIENCE if tool is None or tool.brief else 0.0)
     except TimeoutError:
         raise Lost(f"no answer within {limit:g} s") from None
-    if returned.error is not None:
-        return Caught(returned.error)
-    return await _awaited(returned.value, limit) if inspect.isawaitable(returned.value) else returned.value
+    if tool is not None:
+        tool.brief = job.seconds < PATIENCE
+    if job.error is not None:
+        return Caught(job.error)
+    return await _awaited(job.value, limit) if inspect.isawaitable(job.value) else job.value
 
 
 async def _awaited(awaitable: Awaitable[Any], limit: float | None) -> Any:
@@ -136,7 +139,7 @@ class Local:
             arguments = tool.validate(call.arguments)
         except (ToolError, TypeError, ValueError, RecursionError) as error:
             return Effect(cut(f"Error: {error}", longest)[0], "arguments", ran=False)
-        value = await invoke(partial(tool.function, owner, **arguments), limit)
+        value = await invoke(partial(tool.function, owner, **arguments), limit, tool)
         if isinstance(value, Caught):
             if isinstance(value.error, InfraError | PolicyError):
                 raise value.error

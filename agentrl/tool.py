@@ -81,6 +81,7 @@ class Tool:
         if not re.fullmatch(r"[A-Za-z_][\w.-]*", self.name):
             raise UsageError(f"tool name {self.name!r} must start with a letter and hold letters, digits, _ . - only")
         self.is_async = inspect.iscoroutinefunction(function)
+        self.brief = True  # whether the last call was over at once; only how a call is waited for depends on it
 
     def __repr__(self) -> str:
         return f"Tool({self.name})"
