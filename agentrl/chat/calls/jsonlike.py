@@ -119,6 +119,8 @@ class MistralCalls:
                 edge += 1
             if text.startswith("[", edge):
                 values, edge = json_at(text, edge, cut, "the closing ]")
+                if not values:
+                    raise Malformed(f"The list of tool calls is empty; write a call as {self.example}")
                 calls += [call_of(value, self.example) for value in values]
             else:
                 head, mark, _ = text[edge:].partition(self.arguments)
