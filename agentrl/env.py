@@ -178,6 +178,15 @@ class Env:
         for owner in (self, *self.tools):
             cls = type(owner)
             if cls not in self._tool_cache:
+                base = Env if isinstance(owner, Env) else Toolkit
+                hides = [
+                    made.function.__name__ for made in tools_of(cls).values() if hasattr(base, made.function.__name__)
+                ]
+                if hides:
+                    raise UsageError(
+                        f"{cls.__name__}.{hides[0]} is a tool but hides {base.__name__}.{hides[0]}: "
+                        f"name the method otherwise, with @tool(name={hides[0]!r})"
+                    )
                 self._tool_cache[cls] = tools_of(cls)
             for name, made in self._tool_cache[cls].items():
                 if name in box:

@@ -30,6 +30,7 @@ from agentrl.trajectory import ErrorKind, ToolCall
 GRACE = 0.5  # seconds a cancelled coroutine has to end
 MAX_CHARS = 16_384  # of an observation that no tool made (reset, reply)
 Scored = tuple[dict[str, float | None], float | None, bool | None]
+_METHODS = {name for name, value in vars(Env).items() if inspect.isfunction(value)} - {"__init__"}
 log = logging.getLogger(__name__)
 
 
@@ -122,6 +123,14 @@ class Local:
             raise EnvError(f"{type(template).__name__}.spawn failed with {first_line(error)}") from error
 
     async def reset(self, task: Task, seed: tuple[int, ...], limit: float | None) -> Obs | None:
+        obs = await self._reset(task, seed, limit)
+        hidden = sorted(_METHODS & vars(self.env).keys())
+        if hidden:
+            name = type(self.env).__name__
+            raise EnvError(f"{name} sets self.{hidden[0]}, which hides the method Env.{hidden[0]}; choose another name")
+        return obs
+
+    async def _reset(self, task: Task, seed: tuple[int, ...], limit: float | None) -> Obs | None:
         for index, kit in enumerate(self.env.tools):
             if overrides(kit, "reset", Toolkit):
                 await self._ask(f"{type(kit).__name__}.reset", partial(kit.reset, generator(seed, index + 1)), limit)

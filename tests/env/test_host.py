@@ -307,6 +307,15 @@ def test_a_failing_reset_is_the_environments_failure() -> None:
         play(lambda host: host.anchor(), Broken())
 
 
+def test_state_that_hides_a_method_is_named() -> None:
+    class Summing(Env):
+        def reset(self, task: Task, rng: Any) -> None:
+            self.total = 0  # type: ignore[assignment, method-assign]
+
+    with pytest.raises(EnvError, match=r"Summing sets self.total, which hides the method Env.total"):
+        play(lambda host: host.anchor(), Summing())
+
+
 def test_close_is_idempotent_and_bounded_even_when_it_raises() -> None:
     closed: list[str] = []
 

@@ -130,6 +130,14 @@ def test_names_and_timeouts_are_checked() -> None:
     with pytest.raises(UsageError, match="two tools named 'find'"):
         Twins().toolbox()
 
+    class Closing(Env):
+        @tool
+        def fork(self) -> str:  # type: ignore[override]
+            return ""
+
+    with pytest.raises(UsageError, match=r"Closing.fork is a tool but hides Env.fork: .* @tool\(name='fork'\)"):
+        Closing().toolbox()
+
     class Hides(Kit):
         def find(self) -> str:  # type: ignore[override]
             return ""
