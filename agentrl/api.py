@@ -56,10 +56,22 @@ def train(
         text = config.yaml if isinstance(config, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv, resume=resume) as folder:
             summary = asyncio.run(Trainer(resolved, folder, reporter).run())
-        reporter.finished(asdict(summary), next_commands(path))
+        if summary.eval:
+            _draw(path, reporter)
+        reporter.finished({**asdict(summary), "folder": str(path)}, next_commands(path))
         return summary
     finally:
         reporter.close()
+
+
+def _draw(path: Path, reporter: Reporter) -> None:
+    """The learning curve beside the run, where matplotlib is installed."""
+    from agentrl.plot import curve
+
+    try:
+        reporter.note(f"learning curve: {curve(path, path / 'curve.png')}")
+    except UsageError as error:
+        reporter.note(str(error))
 
 
 def next_commands(path: Path) -> list[str]:

@@ -122,6 +122,7 @@ def draw(axes: Axes, data: Curve) -> None:
     axes.set_ylim(-0.02, 1.04)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
     axes.margins(x=0.04)
+    axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("reinforcement-learning steps", color=_INK)
     axes.grid(axis="y", color=_FAINT, alpha=0.25, linewidth=0.8)
     axes.spines[["top", "right", "left"]].set_visible(False)

@@ -29,15 +29,15 @@ _STYLE = {"greedy": "green", "sampled": "magenta"}
 
 @dataclass(slots=True)
 class _Stage:
-    """The stage under way. `offset`: where its first step lies on the chart's axis; `first`: the steps that
-    a killed run had done before."""
+    """The stage under way. `offset`: where its first step lies on the chart's axis; `first`: when the first
+    step seen was done, and its number, since set-up and what a killed run had done say nothing about speed."""
 
     name: str
     total: int
     offset: int
     began: float
     done: int = 0
-    first: int | None = None
+    first: tuple[float, int] | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -89,7 +89,7 @@ class LiveReporter:
         if self.now is None:
             return
         if self.now.first is None:
-            self.now.first = step - 1
+            self.now.first = (self.clock(), step)
         self.now.done, self.now.metrics, self.episodes = step, dict(metrics), _Episodes()
         if not self.now.supervised and (value := metrics.get("success", metrics.get("reward"))) is not None:
             self.curves["training"].append((self.now.offset + step, value))
@@ -158,8 +158,10 @@ class LiveReporter:
         return Group(*parts)
 
     def _bar(self, now: _Stage) -> RenderableType:
-        spent, made = self.clock() - now.began, now.done - (now.first or 0)
-        left = f", about {duration(spent / made * (now.total - now.done))} left" if 0 < made < now.total else ""
+        spent, left = self.clock() - now.began, ""
+        if now.first is not None and now.first[1] < now.done < now.total:
+            pace = (self.clock() - now.first[0]) / (now.done - now.first[1])
+            left = f", about {duration(pace * (now.total - now.done))} left"
         grid = Table.grid(padding=(0, 1))
         grid.add_row(
             Text(f"  {now.name}", "bold"),
