@@ -188,12 +188,10 @@ def _checkpoint(run: Path | None, name: str | None) -> Path | None:
 
 def as_config(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
     """A validated configuration from a file, a dictionary, or one that is already validated."""
-    if isinstance(config, Loaded):
-        config = config.config
-    if isinstance(config, Config):
+    if isinstance(config, Loaded | Config):
         if overrides:
             raise UsageError("overrides go with a file or a dictionary; use config.model_copy(update=…) instead")
-        return config
+        return config if isinstance(config, Config) else config.config
     if isinstance(config, Mapping):
         if overrides:
             raise UsageError("overrides go with a configuration file; put the values into the dictionary instead")
