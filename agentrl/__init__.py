@@ -11,6 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from agentrl.api import evaluate as evaluate
+    from agentrl.api import export as export
+    from agentrl.api import rollout as rollout
+    from agentrl.api import train as train
     from agentrl.content import Image as Image
     from agentrl.env import Env as Env
     from agentrl.env import Episode as Episode
@@ -37,6 +41,10 @@ _HOME = {
     "Toolkit": "agentrl.tool",
     "tool": "agentrl.tool",
     "ToolCall": "agentrl.trajectory",
+    "evaluate": "agentrl.api",
+    "export": "agentrl.api",
+    "rollout": "agentrl.api",
+    "train": "agentrl.api",
 }
 
 __all__ = ["__version__", *_HOME]

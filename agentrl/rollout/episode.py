@@ -241,11 +241,14 @@ class LiveEpisode:
         )
 
     async def close(self) -> None:
-        """Release the conversation and the environment. Idempotent; finishes even while being cancelled."""
+        """Release the conversation and the environment. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        await asyncio.shield(asyncio.gather(self._conversation.close(), self._host.close()))
+        try:
+            await self._conversation.close()
+        finally:
+            await self._host.close()
 
     # -- how a turn becomes a record -----------------------------------------------------------
 

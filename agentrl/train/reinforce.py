@@ -121,7 +121,9 @@ class ReinforceRunner:
         session.progress.tasks_taken = session.tasks.position
         done = time.perf_counter()
         values = metrics_of(iteration) | report.metrics
-        values |= {f"engine/{name}": v - counters[name] for name, v in engine_counters(session.engine).items()}
+        # What the engine had to compute is a matter of speed: a resumed run takes episodes over.
+        values |= {f"speed/engine_{name}": v - counters[name] for name, v in engine_counters(session.engine).items()}
+        values["speed/episodes_s"] = values["episodes"] / (played - begun)
         values |= {"lr": lr, "train_tokens": float(report.tokens)}
         values |= {"time/rollout": played - begun, "time/update": updated - played, "time/store": done - updated}
         session.progress.add_throughput(values)

@@ -9,6 +9,7 @@ import numpy as np
 
 from agentrl.errors import RunFailed
 from agentrl.rollout.seeds import seed_of
+from agentrl.store import StoreReader
 from agentrl.train.forward import plan, token_logprobs
 from agentrl.train.optim import Optimizer
 from agentrl.train.parts import demonstrate, make_manager, take
@@ -35,7 +36,9 @@ class SupervisedRunner:
         manager = make_manager(session.config, session.env, None, session.reporter)
         groups = await demonstrate(manager, session.chat, tasks, stage=self.label, context=session.context_of(stage))
         self.demonstrations = demo_rows(groups)
-        if session.attempt == 0:
+        with StoreReader(session.folder.path) as reader:
+            recorded = reader.finished(0, self.label, "demo")
+        if not recorded:  # a resumed run has them
             session.record(groups, stage=self.label, step=0, split="demo")
 
     async def step(self, step: int) -> dict[str, float]:
