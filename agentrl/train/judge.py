@@ -100,7 +100,7 @@ class Judge:
             await self.env.close()
 
     async def _play(self, actor: Actor, stage: str, samples: int, writer: StoreWriter | None = None) -> list[Group]:
-        await self.env.setup()
+        await self.env.prepare()
         return await make_manager(self.config, self.env, writer, self.reporter).run(
             draws_for(self.tasks, 0, samples),
             actor,

@@ -6,6 +6,7 @@ runner's business (`supervised`, `reinforce`); what a checkpoint holds is `check
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -70,7 +71,7 @@ class Trainer:
             for index in range(self.progress.stage, len(labels)):
                 await self._stage(session, index, labels[index])
             status = "completed"
-        except (KeyboardInterrupt, GeneratorExit):
+        except asyncio.CancelledError:
             status = "cancelled"
             raise
         finally:
@@ -87,7 +88,7 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         env = make_env(config)
-        await env.setup()
+        await env.prepare()
         held_out = take(env, config.eval.tasks, seed=config.seed, split=config.eval.split) if config.eval else []
         newest = checkpoint.latest(self._checkpoints)
         if newest is not None:
