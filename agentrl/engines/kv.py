@@ -1,8 +1,9 @@
 """Keys and values live in slots; a slot belongs to a pool, a pool has one capacity.
 
 A sequence stands in the pool with the smallest capacity that holds it, and moves to the next one when it outgrows it.
-So memory follows length, and attention over one pool wastes less than half of its reads on padding. Slots in use by
-running rows are kept near the bottom of their pool (`Pool.settle`): a decode step then attends over plain views.
+Capacities go up in steps of a third to a half, so memory follows length, and attention over one pool wastes little of
+its reads on padding. Slots in use by running rows are kept near the bottom of their pool (`Pool.settle`): a decode step
+then attends over plain views.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Pool:
         self.keys = [self._empty(0, s.heads, s.key_dim) for s in self.shapes]
         self.values = [self._empty(0, s.heads, s.value_dim) for s in self.shapes]
         self.owners: list[Kept | None] = []
+        self.changed = False  # since slots were settled last
         self._free: list[int] = []
 
     def _empty(self, slots: int, heads: int, dim: int) -> torch.Tensor:
@@ -79,10 +81,12 @@ class Pool:
             self._grow(max(4, self.slots + self.slots // 2))
         kept.pool, kept.slot = self, heapq.heappop(self._free)
         self.owners[kept.slot] = kept
+        self.changed = True
 
     def give(self, slot: int) -> None:
         """The slot is free again."""
         self.owners[slot] = None
+        self.changed = True
         heapq.heappush(self._free, slot)
 
     def _grow(self, slots: int) -> None:
@@ -112,6 +116,9 @@ class Pool:
 
         Only where more than a third of the span of running slots would be attended over in vain.
         """
+        if not self.changed:
+            return 0
+        self.changed = False
         running = [slot for slot, kept in enumerate(self.owners) if kept is not None and kept.running]
         count = len(running)
         if not count or running[-1] + 1 <= count + max(4, count // 2):
@@ -141,14 +148,15 @@ class Pool:
 
 
 class Cache:
-    """The pools of one engine, from `base` tokens a slot upwards in powers of two."""
+    """The pools of one engine: `base` tokens a slot, then 1, 1½, 2, 3, 4, 6, 8, … times that."""
 
     def __init__(
         self, shapes: Sequence[LayerShape], base: int, max_context: int, device: torch.device, dtype: torch.dtype
     ) -> None:
         capacities = [base]
         while capacities[-1] < max_context:
-            capacities.append(2 * capacities[-1])
+            double = capacities[-2] * 2 if len(capacities) > 1 else base * 3 // 2
+            capacities.append(double)
         self.capacities = tuple(capacities)
         self.pools = [Pool(capacity, shapes, device, dtype) for capacity in capacities]
 
@@ -167,6 +175,24 @@ class Cache:
             if kept.n:
                 copy_slots(old, slot, pool, [kept.slot], kept.n)
             old.give(slot)
+
+    def grow(self, several: Sequence[Kept]) -> None:
+        """Move full slots to the next pool, those of one pool together."""
+        by_pool: dict[int, list[Kept]] = {}
+        for kept in several:
+            assert kept.pool is not None
+            by_pool.setdefault(kept.pool.capacity, []).append(kept)
+        for capacity, members in by_pool.items():
+            old, slots = self.pools[self.rank(capacity)], [kept.slot for kept in members]
+            new = self.pools[self.rank(capacity + 1)]
+            for kept in members:
+                new.take(kept)
+            source = torch.tensor(slots, device=old.device)
+            target = torch.tensor([kept.slot for kept in members], device=new.device)
+            for full, wide in zip(old.tensors(), new.tensors(), strict=True):
+                wide[target, :, :capacity] = full.index_select(0, source)
+            for slot in slots:
+                old.give(slot)
 
     def drop(self, kept: Kept) -> None:
         """Free the slot of `kept`; nothing of it is cached any more."""

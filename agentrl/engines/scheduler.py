@@ -271,11 +271,11 @@ class Scheduler:
                 job.kept.ids, job.kept.n, job.leader = job.tokens[:n], n, None
 
     def _make_room(self) -> None:
-        for row in self.rows.outgrown():
-            kept = self.rows.holder(row).kept
-            kept.n = int(self.rows.position[row])
-            self.cache.seat(kept, kept.n + 1)
-            self.rows.seat(row, kept, self.cache)
+        full = self.rows.outgrown()
+        if full:
+            self.cache.grow([self.rows.holder(row).kept for row in full])
+            for row in full:
+                self.rows.seat(row, self.rows.holder(row).kept, self.cache)
         if sum(pool.settle() for pool in self.cache.pools):
             for job in self.running():
                 self.rows.seat(job.row, job.kept, self.cache)
@@ -283,6 +283,8 @@ class Scheduler:
     def _finish(self, job: Job, finish: FinishReason) -> None:
         kept, n = job.kept, int(job.ids.size)
         kept.running = False
+        if kept.pool is not None:
+            kept.pool.changed = True
         if self.sessions.get(job.request.session) is not kept:
             self._drop(kept)
         edges = [*(start for _, start in job.versions), n]

@@ -16,8 +16,11 @@ import numpy as np
 
 from agentrl.chat import ChatFormat, Dialogue, Message, Parsed
 from agentrl.engines import Engine, Request
-from agentrl.env import Obs, Say
+from agentrl.env import Env, Obs, Say
 from agentrl.errors import EnvError
+from agentrl.host import CLOSE_SECONDS
+from agentrl.instance import Local, generator
+from agentrl.task import Task
 from agentrl.trajectory import (
     Context,
     FinishReason,
@@ -82,7 +85,36 @@ class Actor(Protocol):
         """A conversation for the episode `session` in `group`, with the environment's tools."""
 
 
-Expert = Generator[Say, Obs, None]
+class Expert:
+    """The environment's scripted expert at work. It sees an instance of its own, reset like the
+    episode's, so that it may look at hidden state without touching the episode's."""
+
+    def __init__(self, template: Env, task: Task, host_seed: tuple[int, ...], seed: tuple[int, ...]) -> None:
+        self._instance = Local.spawn(template)
+        self._task = task
+        self._host_seed = host_seed
+        self._seed = seed
+        self._script: Generator[Say, Obs, None] | None = None
+
+    async def say(self, heard: str | None, limit: float | None = None) -> Say | None:
+        """The next message, in answer to what the environment said; None at the end of the script.
+        Raises `EnvError` for whatever the script raises."""
+        if self._script is None:
+            await self._instance.reset(self._task, self._host_seed, limit)
+            self._script = self._instance.env.demonstrate(self._task, generator(self._seed))
+        try:
+            return next(self._script) if heard is None else self._script.send(Obs(heard))
+        except StopIteration:
+            return None
+        except Exception as error:  # the environment's own code: whatever it raises is its failure
+            name = type(self._instance.env).__name__
+            raise EnvError(f"{name}.demonstrate failed with {type(error).__name__}: {error}") from error
+
+    async def close(self) -> None:
+        """Release the expert's instance."""
+        if self._script is not None:
+            self._script.close()
+        await self._instance.close(CLOSE_SECONDS)
 
 
 class PolicyActor:
@@ -207,9 +239,8 @@ class _ExpertConversation:
         self._dialogue.extend(messages)
 
     async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
-        try:
-            say = next(self._expert) if heard is None else self._expert.send(Obs(heard))
-        except StopIteration:
+        say = await self._expert.say(heard)
+        if say is None:
             return None
         context = self._dialogue.context
         chat = self._actor.chat
@@ -223,4 +254,4 @@ class _ExpertConversation:
         raise EnvError("a scripted expert cannot be forked: generators cannot be copied")
 
     async def close(self) -> None:
-        self._expert.close()
+        await self._expert.close()

@@ -19,8 +19,8 @@ import numpy as np
 from agentrl.algo.sampler import TaskDraw
 from agentrl.content import Image
 from agentrl.context import AppendOnly, ContextPolicy
-from agentrl.env import Env, settled
-from agentrl.errors import EnvError, RunFailed
+from agentrl.env import Env
+from agentrl.errors import RunFailed
 from agentrl.host import Host
 from agentrl.rollout.actors import Actor, Expert
 from agentrl.rollout.deadlines import Deadlines
@@ -165,7 +165,9 @@ class RolloutManager:
             max_tool_seconds=deadlines.tool,
             max_env_seconds=deadlines.turn,
         )
-        expert = await self._expert(draw, host_seed, seed_of(*stream, "expert")) if actor.source == "demo" else None
+        expert = None
+        if actor.source == "demo":
+            expert = Expert(self.env, draw.task, (host_seed,), (seed_of(*stream, "expert"),))
         episode = LiveEpisode(
             key=key,
             group=play.group_id,
@@ -205,16 +207,6 @@ class RolloutManager:
         self._drawn[task] += 1
         self._samples[task] += draw.samples
         return first, first.group_id + (f"~{again}" if again else "")
-
-    async def _expert(self, draw: TaskDraw, host_seed: int, seed: int) -> Expert:
-        """The scripted expert on an instance of its own, reset like the episode's, so that it may look
-        at the hidden state without touching it."""
-        instance = self.env.spawn()
-        try:
-            await settled(instance.reset(draw.task, _rng(host_seed)))
-            return instance.demonstrate(draw.task, _rng(seed))
-        except Exception as error:  # the environment's code: whatever it raises is its failure
-            raise EnvError(f"{type(self.env).__name__}.demonstrate cannot start: {error}") from error
 
     def forget(self, episode: LiveEpisode, trajectory: Trajectory, batch: _Batch) -> None:
         """An episode is over: count it, and stop the run if the environment is broken."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -24,6 +25,7 @@ from agentrl.train.options import Dtype
 logging: Any = _logging
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+_BAD_ARCH = (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError, StrictDataclassError)
 _FROM_TOKENIZER = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")
 
 
@@ -50,7 +52,7 @@ def load_model(folder: Path, *, dtype: Dtype, ids: int) -> PreTrainedModel:
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UsageError(f"{folder}/config.json cannot be read: {_first_line(error)}") from error
     named = list(config.architectures or [])
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (
@@ -97,7 +99,7 @@ def random_model(arch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *,
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32
             )
-    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+    except _BAD_ARCH as error:
         raise UsageError(f"model.arch is no {kind} that can be built: {_first_line(error)}") from error
     return model
 
@@ -145,5 +147,6 @@ def _quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip().splitlines()
+    cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+    text = str(cause or error).strip().splitlines()
     return text[0].rstrip(".") if text else type(error).__name__

@@ -81,8 +81,7 @@ def train_tokenizer(texts: Iterable[str], options: ScratchTokenizer) -> PreTrain
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    controls = [AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, START, END)]
-    controls += [AddedToken(text, special=False, normalized=False) for text in MARKS]
+    controls = [AddedToken(text, special=True, normalized=False) for text in (END_OF_TEXT, START, END, *MARKS)]
     trainer = trainers.BpeTrainer(
         vocab_size=options.vocab_size,
         min_frequency=2,

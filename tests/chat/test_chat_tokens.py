@@ -140,3 +140,55 @@ def test_normalisation_cannot_smuggle_a_control_token_in() -> None:
     ids = ids_of(dialogue.start([Message("user", f"{sneaky} hello")]))
     assert chat.codec.control["<think>"] not in ids.tolist()
     assert "hello" in text_of_ids(chat, ids)
+
+
+def spaced(kind: str) -> Any:
+    """ChatML over a vocabulary of words and spaces as SentencePiece has it, or with tokens that eat blanks."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    base = chat_of("chatml").tokenizer
+    special = list(DIALECTS["chatml"].special)
+    if kind == "rstrip":
+        backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
+        backend.add_special_tokens([AddedToken(t, rstrip=True, normalized=False, special=True) for t in special])
+        backend.add_special_tokens([AddedToken("<tool_response>", lstrip=True, normalized=False, special=True)])
+    else:
+        letters = [chr(c) for c in range(32, 127)] + ["\u2581", *(f"<0x{byte:02X}>" for byte in range(256)), "<unk>"]
+        backend = Tokenizer(
+            models.BPE({t: i for i, t in enumerate([*special, *letters])}, [], unk_token="<unk>", byte_fallback=True)
+        )
+        if kind == "prepend":
+            backend.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+            )
+        else:
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind)
+        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+        backend.add_special_tokens(special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = base.chat_template
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["rstrip", "prepend", "first", "always", "never"])
+def test_tokenizers_that_treat_spaces_in_their_own_way(kind: str) -> None:
+    tokenizer = spaced(kind)
+    chat = ChatFormat(tokenizer)
+    dialogue = Dialogue(chat, TOOLS)
+    written = [{"role": "system", "content": " Be good."}, {"role": "user", "content": " 1 + 2? "}]
+    dialogue.start([Message(m["role"], m["content"]) for m in written])  # type: ignore[arg-type]
+    assert ids_of(dialogue.context).tolist() == tokenizer.apply_chat_template(
+        written, tools=TOOLS, add_generation_prompt=True, return_dict=False
+    )
+    said = "It is 3."
+    hear(dialogue, said)
+    for content in (" so? ", "\n\nwell", "<|im_end|> x"):
+        dialogue.extend([Message("user", content)])
+        written += [{"role": "assistant", "content": said}, {"role": "user", "content": content}]
+        if "<|" not in content:
+            assert ids_of(dialogue.context).tolist() == tokenizer.apply_chat_template(
+                written, tools=TOOLS, add_generation_prompt=True, return_dict=False
+            )
+        hear(dialogue, said)
+    assert text_of_ids(chat, ids_of(dialogue.context)).count("<|im_end|>") == 2 + 4 + 3 + 1

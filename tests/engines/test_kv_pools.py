@@ -30,15 +30,28 @@ def marks(kept: Kept) -> set[float]:
 
 def test_a_sequence_moves_to_the_pool_of_its_length() -> None:
     cache = cache_of()
-    assert cache.capacities == (4, 8, 16, 32)
+    assert cache.capacities == (4, 6, 8, 12, 16, 24)
     kept = Kept("a")
     cache.seat(kept, 3)
     fill(kept, 3, 7.0)
-    for tokens, capacity in ((5, 8), (16, 16), (17, 32), (2, 4)):
+    for tokens, capacity in ((5, 6), (16, 16), (17, 24), (2, 4)):
         kept.n = min(kept.n, tokens)
         cache.seat(kept, tokens)
         assert kept.pool is not None and kept.pool.capacity == capacity and marks(kept) == {7.0}
     assert sum(owner is not None for pool in cache.pools for owner in pool.owners) == 1
+
+
+def test_full_slots_grow_together() -> None:
+    cache = cache_of()
+    held = [(i, Kept(str(i))) for i in range(9)]
+    for i, kept in held:
+        cache.seat(kept, 4 if i % 3 else 12)
+        assert kept.pool is not None
+        fill(kept, kept.pool.capacity, float(i))
+    cache.grow([kept for i, kept in held if i != 5])
+    for i, kept in held:
+        assert kept.pool is not None and kept.pool.capacity == (4 if i == 5 else 6 if i % 3 else 16)
+        assert marks(kept) == {float(i)} and kept.pool.owners[kept.slot] is kept
 
 
 @pytest.mark.parametrize("seed", range(5))
