@@ -3,9 +3,9 @@
     python tests/benchmarks/peers/same_update.py --model MODEL --batch batch.npz [--json OUT]
 
 `batch.npz` is what `trl_step.py --dump` wrote. Its token ids become records, as if AgentRL's engine had sampled them;
-what follows is AgentRL's own path: groups, GRPO with TRL's settings, training rows, token-mean clipped loss, backward. Beside
-that, the chat layer replays every conversation and must arrive at TRL's contexts. Exit 1 where something differs by
-more than `--tolerance` (gradients relative to their norm, the whole gradient and each parameter).
+what follows is AgentRL's own path: groups, GRPO with TRL's settings, training rows, token-mean clipped loss, backward.
+Beside that, the chat layer replays every conversation and must arrive at TRL's contexts. Exit 1 where something differs
+by more than `--tolerance` (gradients relative to their norm, the whole gradient and each parameter).
 """
 
 from __future__ import annotations
