@@ -61,7 +61,12 @@ class ChatFormat:
         }
         ends = (*self.codec.controls(self.end_ids)[-1:], *self._role_stops.values())
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*ends, *eos)))
-        inside = self.template.header.rfind(tags[0]) > self.template.header.rfind(tags[1])
+        # What is said is encoded behind the header, where the spaces of some vocabularies depend on it.
+        header = self.template.header
+        spans = self.codec.control_spans(header)
+        self._lead = header[spans[-1][0] - len(self.codec.string_of(spans[-1][1])) :] if spans else ""
+        self._lead_ids = self.codec.encode(self._lead)
+        inside = header.rfind(tags[0]) > header.rfind(tags[1])
         self.reader = Reader(self.codec, self.calls, tags, inside, frozenset(self.stop_ids))
         self._sayings = Sayings(self.template, self.codec, self.calls, inside)
         self._calls_known = tool_format != "auto" or self._sayings.reads_template()
@@ -95,7 +100,10 @@ class ChatFormat:
         format's. The ids end with the stop id. Raises `RecordError` where it is not the actor's turn.
         """
         dialogue.expect("say")
-        ids = self.codec.encode(self._sayings.text(say))
+        text, n = self._sayings.text(say), self._lead_ids.size
+        ids = self.codec.encode(self._lead + text)
+        # Where a token straddles the end of the header, what is said begins with a token of its own.
+        ids = ids[n:] if np.array_equal(ids[:n], self._lead_ids) else self.codec.encode(text)
         return frozen(np.concatenate([ids, self._ends["tool" if say.calls else "user"]]))
 
     def toolset(self, tools: Sequence[dict[str, Any]]) -> Toolset:

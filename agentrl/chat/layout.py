@@ -125,11 +125,12 @@ class Layouts:
         for index, item in enumerate(items):
             if not isinstance(item, Voice):
                 continue
-            n = self.template.n_calls(index, item, items, mode)
+            way = mode.of(len(gaps))
+            n = self.template.n_calls(index, item, items, way)
             thinking = text.find(sentinel("t", index), edge) if item.thinking else -1
             content = text.find(sentinel("c", index), edge)
             last = text.find(sentinel("z", index, n - 1), edge) if n else content
-            told = thinking >= 0 or content >= 0 or (mode.calls == "bare" and self.template.thinking_field)
+            told = thinking >= 0 or content >= 0 or (way == "bare" and self.template.thinking_field)
             if item.thinking and not told:
                 raise Refused("the template shows nothing of the text in front of calls")
             if last < 0 or content > last:
@@ -198,12 +199,19 @@ class Layouts:
             if len(self._modes) > 4096:
                 self._modes.clear()
             filled = [item if isinstance(item, Voice) else Line(item.role, item.text or "x") for item in items]
-            found = self._modes[shape] = self._find_mode(sentinels(filled), tools)
+            found = self._modes[shape] = self._find_mode(filled, tools, tools_key)
         return found
 
-    def _find_mode(self, items: Sequence[Item], tools: Sequence[dict[str, Any]]) -> Mode:
+    def _find_mode(self, items: Sequence[Item], tools: Sequence[dict[str, Any]], tools_key: int) -> Mode:
         reason = "it renders no assistant turn"
-        for mode in self.template.modes(items):
+        modes = list(self.template.modes(items))
+        voices = [index for index, item in enumerate(items) if isinstance(item, Voice)]
+        if len(voices) > 1:
+            parts = [items[start:stop] for start, stop in zip(voices, [*voices[1:], len(items)], strict=True)]
+            alone = [self.mode([Line("user", "x"), *part], tools, tools_key) for part in parts]
+            modes.insert(0, Mode("", any(mode.merge for mode in alone), tuple(mode.calls for mode in alone)))
+        items = sentinels(items)
+        for mode in modes:
             try:
                 layout = self.lay_out(items, tools, mode, None)
             except Refused as error:

@@ -61,11 +61,17 @@ class Mode(NamedTuple):
 
     `calls`: "structured" (text and calls), "bare" (calls alone), "plain" (all of it as text),
     "forced" (calls also where none were made, for templates that demand them), "user" (tool results
-    as user messages). `merge`: adjacent user messages become one.
+    as user messages). `merge`: adjacent user messages become one. `each` gives every voice (and the
+    results that answer it) a way of its own, so that a turn is shown the same whatever comes later.
     """
 
     calls: str = "structured"
     merge: bool = False
+    each: tuple[str, ...] = ()
+
+    def of(self, voice: int) -> str:
+        """`calls` for the voice with this number."""
+        return self.each[voice] if self.each else self.calls
 
 
 def sentinel(kind: str, i: int, j: int = 0) -> str:
@@ -176,10 +182,13 @@ class Template:
     def script(self, items: Sequence[Item], tools: Sequence[dict[str, Any]], mode: Mode) -> list[dict[str, Any]]:
         """`items` as messages for `render`, voices as sentinels (t thinking, c content, n name, z argument)."""
         messages: list[dict[str, Any]] = []
+        n_voices, way = 0, mode.calls
         for index, item in enumerate(items):
             if isinstance(item, Voice):
-                messages.append(self._voiced(index, item, items, mode))
-            elif item.role == "tool" and mode.calls == "user":
+                way = mode.of(n_voices)
+                n_voices += 1
+                messages.append(self._voiced(index, item, items, way))
+            elif item.role == "tool" and way == "user":
                 text = f"<tool_response>\n{item.text}\n</tool_response>"
                 if index and messages[-1].get("wrapped"):
                     messages[-1]["content"] += "\n" + text
@@ -219,10 +228,10 @@ class Template:
         schemas = "\n".join(to_json(tool.get("function", tool)) for tool in tools)
         return f"# Tools\n\nYou may call these functions:\n{schemas}\n\nTo call one, write:\n{example}"
 
-    def _voiced(self, index: int, voice: Voice, items: Sequence[Item], mode: Mode) -> dict[str, Any]:
+    def _voiced(self, index: int, voice: Voice, items: Sequence[Item], way: str) -> dict[str, Any]:
         content = sentinel("c", index)
-        n = self.n_calls(index, voice, items, mode)
-        if n and mode.calls == "bare":
+        n = self.n_calls(index, voice, items, way)
+        if n and way == "bare":
             content = ""
         message: dict[str, Any] = {"role": "assistant", "content": content}
         if voice.thinking:
@@ -246,11 +255,11 @@ class Template:
         return {"type": "function", "id": identity, "function": {"name": name, "arguments": dict(arguments)}}
 
     @staticmethod
-    def n_calls(index: int, voice: Voice, items: Sequence[Item], mode: Mode) -> int:
-        """How many structured calls the voice at `index` is given in this mode."""
-        if mode.calls in ("structured", "bare"):
+    def n_calls(index: int, voice: Voice, items: Sequence[Item], way: str) -> int:
+        """How many structured calls the voice at `index` is given in this way (`Mode.calls`)."""
+        if way in ("structured", "bare"):
             return voice.calls
-        if mode.calls != "forced":
+        if way != "forced":
             return 0
         results = 0
         for item in items[index + 1 :]:

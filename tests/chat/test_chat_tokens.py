@@ -182,7 +182,7 @@ def test_tokenizers_that_treat_spaces_in_their_own_way(kind: str) -> None:
         written, tools=TOOLS, add_generation_prompt=True, return_dict=False
     )
     said = "It is 3."
-    hear(dialogue, said)
+    say(dialogue, said)
     for content in (" so? ", "\n\nwell", "<|im_end|> x"):
         dialogue.extend([Message("user", content)])
         written += [{"role": "assistant", "content": said}, {"role": "user", "content": content}]
@@ -190,5 +190,5 @@ def test_tokenizers_that_treat_spaces_in_their_own_way(kind: str) -> None:
             assert ids_of(dialogue.context).tolist() == tokenizer.apply_chat_template(
                 written, tools=TOOLS, add_generation_prompt=True, return_dict=False
             )
-        hear(dialogue, said)
+        say(dialogue, said)
     assert text_of_ids(chat, ids_of(dialogue.context)).count("<|im_end|>") == 2 + 4 + 3 + 1
