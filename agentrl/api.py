@@ -74,6 +74,18 @@ def _draw(path: Path, reporter: Reporter) -> None:
         reporter.note(str(error))
 
 
+def _draw(run: Path, reporter: Reporter) -> None:
+    """curve.png beside the numbers, where matplotlib is installed."""
+    try:
+        from agentrl.plot import curve
+
+        curve(run, run / "curve.png")
+    except UsageError as error:
+        reporter.note(f"no curve.png: {error}")
+    else:
+        reporter.note(f"the learning curve is in {run / 'curve.png'}")
+
+
 def next_commands(path: Path) -> list[str]:
     """What a person does after a run."""
     return [
