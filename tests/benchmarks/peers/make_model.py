@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice, takewhile
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from chain import SCHEMA, demonstration, opening, problems
@@ -29,9 +30,11 @@ VOCAB = 4096
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 DATA_SEED = 20_000
+Tokens: TypeAlias = Any  # a PreTrainedTokenizerFast; transformers' classes are not typed
+Model: TypeAlias = Any  # a Qwen3ForCausalLM
 
 
-def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(texts: list[str]) -> Tokens:
     """Byte-level BPE over single digits and words, filled up to exactly `VOCAB` ids with reserved ones.
 
     The reserved ids are never sampled once trained, but cost what a real vocabulary costs.
@@ -53,13 +56,14 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     bpe.add_tokens(list(TAGS))
     bpe.add_tokens([f"<|reserved_{i}|>" for i in range(VOCAB - bpe.get_vocab_size())])
     template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=STOP, pad_token=END, chat_template=template)
+    fast: Any = PreTrainedTokenizerFast
+    return fast(tokenizer_object=bpe, eos_token=STOP, pad_token=END, chat_template=template)
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalLM:
+def make_model(tokenizer: Tokens, seed: int) -> Model:
     """The random Qwen3: 4.2 M parameters, of which 1.05 M are the tied embedding."""
     torch.manual_seed(seed)
-    config = Qwen3Config(
+    config: Any = Qwen3Config(
         vocab_size=VOCAB,
         hidden_size=256,
         num_hidden_layers=4,
@@ -73,10 +77,11 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen3ForCausalL
         eos_token_id=tokenizer.convert_tokens_to_ids(STOP),
         pad_token_id=tokenizer.convert_tokens_to_ids(END),
     )
-    return Qwen3ForCausalLM(config).float()
+    random_model: Any = Qwen3ForCausalLM
+    return random_model(config).float()
 
 
-def preamble(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def preamble(tokenizer: Tokens) -> list[int]:
     """The ids with which every prompt begins: system turn and tools, up to the question."""
     prompts = [
         tokenizer.apply_chat_template(opening(p), tools=[SCHEMA], return_dict=False) for p in islice(problems(0), 100)
@@ -85,9 +90,7 @@ def preamble(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return [ids[0] for ids in columns]
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, shared: list[int], size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def batches(tokenizer: Tokens, shared: list[int], size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids [size, n], labels [size, n]) of what follows the `shared` preamble.
 
     Labels are -100 outside what the assistant says.
@@ -122,7 +125,7 @@ def _spoken(ids: list[int], header: list[int], stop: int) -> list[int]:
     return found
 
 
-def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, given: argparse.Namespace) -> float:
+def warm_start(model: Model, tokenizer: Tokens, given: argparse.Namespace) -> float:
     """Supervised AdamW steps on what the assistant says. Returns the last loss.
 
     The preamble is half of an episode's tokens and the same in all, so it is computed once a batch.
@@ -143,7 +146,7 @@ def warm_start(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, give
         states = model.model(input_ids=ids, past_key_values=cache).last_hidden_state[:, :-1]
         wanted = labels[:, 1:]
         loss = torch.nn.functional.cross_entropy(model.lm_head(states[wanted != -100]), wanted[wanted != -100])
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -162,7 +165,8 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     started = time.perf_counter()
     rng, stream = random.Random(DATA_SEED - 1), problems(DATA_SEED - 1)
-    plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE()))
+    fast: Any = PreTrainedTokenizerFast
+    plain = fast(tokenizer_object=Tokenizer(BPE()))
     template = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
     texts = [
         plain.apply_chat_template(

@@ -59,7 +59,9 @@ def runs(values: NDArray[Any]) -> Iterator[tuple[int, int, bool]]:
 
 
 def prompt_of(batch: Batch, row: int) -> NDArray[Any]:
-    return batch["prompt_ids"][row][batch["prompt_mask"][row] == 1]
+    ids: NDArray[Any] = batch["prompt_ids"][row]
+    shown: NDArray[Any] = ids[batch["prompt_mask"][row] == 1]
+    return shown
 
 
 def completion_of(batch: Batch, row: int) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -117,19 +117,19 @@ class StepClock(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
         if self.trainer.counts["micro_batches"] == 0:
-            self.started = time.perf_counter()
+            self.started, self.started_cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         assert self.trainer is not None
-        now = time.perf_counter()
-        step: dict[str, float] = {"wall_s": now - self.started, **self.trainer.clock, **self.trainer.counts}
+        wall, cpu = time.perf_counter() - self.started, time.process_time() - self.started_cpu
+        step: dict[str, float] = {"wall_s": wall, "cpu_s": cpu, **self.trainer.clock, **self.trainer.counts}
         step["rest_s"] = step["wall_s"] - step["generation_s"] - step["logprob_s"] - step["backward_s"]
         step["tokens_per_s"] = step["sampled_tokens"] / step["wall_s"]
         step["peak_rss_mb"] = machine.peak_rss_mb()
         self.steps.append({k: round(v, 4) if isinstance(v, float) else v for k, v in step.items()})
         self.trainer.clock.clear()
         self.trainer.counts.clear()
-        self.started = time.perf_counter()
+        self.started, self.started_cpu = time.perf_counter(), time.process_time()
 
 
 def closeness(completions: list[list[dict[str, Any]]], answer: list[int], **kwargs: Any) -> list[float]:
