@@ -21,6 +21,9 @@ from agentrl.trajectory import (
     as_floats,
     as_ids,
 )
+from agentrl.tuning import tune
+
+tune()  # before torch is loaded: threads that spin make every test with two of them slow on shared cores
 
 MakeTurn = Callable[..., Turn]
 MakeTrajectory = Callable[..., Trajectory]
