@@ -27,10 +27,10 @@ def tune() -> dict[str, str]:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:  # another C library
         return done
-    for name, parameter, value in (
+    for name, parameter, bytes_or_count in (
         ("MALLOC_MMAP_MAX_", _M_MMAP_MAX, 0),
         ("MALLOC_TRIM_THRESHOLD_", _M_TRIM_THRESHOLD, _NEVER_TRIM),
     ):
-        if name not in os.environ and mallopt(parameter, value) == 1:
-            done[name] = str(value)
+        if name not in os.environ and mallopt(parameter, bytes_or_count) == 1:
+            done[name] = str(bytes_or_count)
     return done
