@@ -64,16 +64,6 @@ def train(
         reporter.close()
 
 
-def _draw(path: Path, reporter: Reporter) -> None:
-    """The learning curve beside the run, where matplotlib is installed."""
-    from agentrl.plot import curve
-
-    try:
-        reporter.note(f"learning curve: {curve(path, path / 'curve.png')}")
-    except UsageError as error:
-        reporter.note(str(error))
-
-
 def _draw(run: Path, reporter: Reporter) -> None:
     """curve.png beside the numbers, where matplotlib is installed."""
     try:
