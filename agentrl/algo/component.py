@@ -56,6 +56,9 @@ class Choice:
 
 
 def _expand(value: Any) -> Any:
+    """A bare name is short for its defaults; a component made in Python is taken as it is written down."""
+    if isinstance(value, Component):
+        return value.model_dump()
     return {"type": value} if isinstance(value, str) else value
 
 
