@@ -12,6 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from agentrl.chat.calls import Schemas
 from agentrl.chat.codec import Codec, frozen
 from agentrl.chat.layout import Layout, Layouts, Pattern, learn, sentinels
@@ -230,6 +232,11 @@ class Gaps:
         """`old` with another text: slices of its spans as far as the ids agree, new spans for the rest."""
         if old.text == text:
             return old
+        gone = old.text[len(text) :] if old.text.startswith(text) else ""
+        if self._codec.starts_with_control(gone):  # a header's closed thinking block: no need to encode the rest anew
+            ids, n = self._codec.encode(gone), old.n_tokens
+            if np.array_equal(ids_of(old.pieces)[n - ids.size :], ids):
+                return Gap(text, upto(old.pieces, n - ids.size), n - ids.size)
         new = self.encode(text, "assistant", opening)
         one, two = ids_of(old.pieces), ids_of(new.pieces)
         n = min(one.size, two.size)

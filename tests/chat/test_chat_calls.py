@@ -167,7 +167,7 @@ json_calls = st.builds(ToolCall, names, st.dictionaries(texts, values, max_size=
 
 
 @pytest.mark.parametrize("name", ["hermes", "llama", "mistral", "mistral-pairs"])
-@settings(derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(calls=st.lists(json_calls, min_size=1, max_size=3))
 def test_json_formats_read_what_they_write(name: str, calls: list[ToolCall]) -> None:
     """Whatever stands in the arguments, the marks of the format itself included."""
@@ -184,7 +184,7 @@ tag_calls = st.builds(ToolCall, names, st.dictionaries(keys, tame, max_size=4))
 
 
 @pytest.mark.parametrize("name", ["qwen-xml", "glm", "gemma"])
-@settings(derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(calls=st.lists(tag_calls, min_size=1, max_size=3))
 def test_tag_formats_read_what_they_write(name: str, calls: list[ToolCall]) -> None:
     schema = {c.name: {key: {"type": "string"} for c in calls for key in c.arguments} for c in calls}
@@ -198,7 +198,7 @@ gemma_values = st.recursive(
 )
 
 
-@settings(derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(arguments=st.dictionaries(keys, gemma_values, max_size=4))
 def test_gemma_keeps_types(arguments: dict[str, Any]) -> None:
     text = format_of("gemma").write((ToolCall("f", arguments),))
@@ -213,7 +213,7 @@ PIECES = (
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(derandomize=True, deadline=None)
+@settings(max_examples=40, derandomize=True, deadline=None)
 @given(text=st.lists(st.sampled_from(PIECES), max_size=25), cut=st.booleans())
 def test_no_text_breaks_a_reader(name: str, text: list[str], cut: bool) -> None:
     """Any text gives calls, an answer or a sentence; where the format opens a call, never just an answer."""

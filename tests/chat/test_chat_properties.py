@@ -140,7 +140,7 @@ def others(dialogue: Dialogue) -> list[int]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(conversation=conversations)
 @example(conversation=EMPTY_THEN_NOT)
 def test_random_conversations(name: str, conversation: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ def test_random_conversations(name: str, conversation: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(conversation=conversations)
 def test_forks_do_not_touch_each_other(name: str, conversation: dict[str, Any]) -> None:
     """A branch at every turn, and the trunk afterwards, give what they give alone."""
@@ -186,7 +186,7 @@ class Thorough:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(conversation=conversations)
 @example(conversation=SILENT_AFTER_THOUGHT)
 def test_what_is_remembered_is_what_a_full_rendering_gives(name: str, conversation: dict[str, Any]) -> None:
