@@ -25,8 +25,9 @@ from agentrl.train.policy import Policy
 from agentrl.train.tokenizer import train_tokenizer
 
 ARCH = {
-    "model_type": "qwen3", "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 24, "intermediate_size": 288, "tie_word_embeddings": True, "initializer_range": 0.06,
+    "model_type": "qwen3", "hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 24, "intermediate_size": 288, "tie_word_embeddings": True,
+    "initializer_range": 0.06,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 

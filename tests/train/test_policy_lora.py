@@ -103,7 +103,7 @@ def test_chosen_targets_and_wrong_ones(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     policy = Policy.from_folder(tmp_path, lora=LoraOptions(r=2, targets=["q_proj", "v_proj"]))
     assert len(policy.trainable()) == 2 * 2 * 2
-    with pytest.raises(UsageError, match="no module 'c_attn'; it has .*q_proj"):
+    with pytest.raises(UsageError, match=r"no module 'c_attn'; it has .*q_proj"):
         Policy.from_folder(tmp_path, lora=LoraOptions(targets=["q_proj", "c_attn"]))
     with pytest.raises(UsageError, match="no LoRA adapters"):
         Policy.from_folder(tmp_path).save_hf(tmp_path / "out", merge=False)
