@@ -157,7 +157,11 @@ def device_of(config: Config) -> torch.device:
     try:
         device = torch.device(config.device)
     except RuntimeError as error:
-        raise UsageError(f"device {config.device!r} is not a torch device; use auto, cpu, cuda or cuda:N") from error
+        raise UsageError(
+            f"device {config.device!r} is not a torch device; use auto, cpu, cuda or cuda:N", where="device"
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {config.device!r} is not here: torch sees no CUDA device; use device: cpu")
+        raise UsageError(
+            f"device {config.device!r} is not here: torch sees no CUDA device; use device: cpu", where="device"
+        )
     return device

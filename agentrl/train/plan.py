@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from agentrl.config import Config
 from agentrl.env import Env
 from agentrl.errors import UsageError
 from agentrl.train.options import HFModel, ScratchModel
 from agentrl.train.parts import device_of, make_env, take
+from agentrl.train.pretrained import load_tokenizer
 from agentrl.train.stages import RLStage, SupervisedStage
 
 
@@ -14,6 +17,8 @@ def check(config: Config) -> None:
     """Refuse early what could only fail later. Raises `UsageError`."""
     env = make_env(config)
     device_of(config)
+    if isinstance(config.model, HFModel):
+        _check_folder(config.model.path)
     take(env, 1, seed=config.seed)
     if config.eval is not None:
         take(env, 1, seed=config.seed, split=config.eval.split)
@@ -37,10 +42,17 @@ def check(config: Config) -> None:
             _check_rl(config, stage)
 
 
+def _check_folder(path: str) -> None:
+    try:
+        load_tokenizer(Path(path).expanduser())
+    except UsageError as error:
+        raise UsageError(str(error), where="model.path") from error
+
+
 def _check_rl(config: Config, stage: RLStage) -> None:
     if stage.samples < 2 and any(type(editor).__name__ == "DropConstant" for editor in stage.editors):
         raise UsageError(
-            "groups of one are always constant, so drop_constant drops them all; raise samples or set editors: []"
+            "groups of one are always constant, so drop_constant drops them all; raise samples, or set editors: []"
         )
     if stage.strategy.needs_fork and config.rollout.episodes < stage.samples:
         raise UsageError(

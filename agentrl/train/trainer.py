@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+from ruamel.yaml import YAML
 
 from agentrl.algo.sampler import TaskStream
 from agentrl.algo.state import StateStore
@@ -105,7 +106,8 @@ class Trainer:
             tensorboard=config.log.tensorboard,
             wandb=config.log.wandb,
             project=config.log.project,
-            config=config.model_dump(mode="json"),
+            run_id=folder.info.id,
+            config=YAML(typ="safe").load(folder.config_path),  # as written: ${env:NAME} stays a name
         )
         if newest is not None:
             metrics.rewind(stage_labels(config.stages), self.progress.stage, self.progress.step)

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from agentrl.train.tokenizer import bootstrap_tokenizer
 from machine import describe
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +33,7 @@ from agentrl.rollout.actors import PolicyActor
 from agentrl.rollout.manager import RolloutLimits, RolloutManager
 from agentrl.rollout.strategy import FlatRollouts
 from agentrl.train.options import ScratchTokenizer
+from agentrl.train.tokenizer import bootstrap_tokenizer
 from agentrl.trajectory import Sampling, VersionRun, as_floats, as_ids
 
 FIRST, EACH = 0.02, 0.004  # seconds: prefill, and one token

@@ -255,7 +255,7 @@ def test_cancelling_is_clean() -> None:
         scene = Scene(script)
         Door.opened = Door.closed = 0
         task = asyncio.create_task(scene.play(tasks=2, samples=3))
-        while len(scene.told.turns) < 6:
+        while len(scene.told.turns) < 6:  # noqa: ASYNC110  the manager has no event to wait for
             await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -1,0 +1,57 @@
+"""All benchmarks, one after another: each prints a table and writes JSON with the machine's description.
+
+make bench                                    without peers: nothing else has to be installed
+make bench ARGS="--trl PYTHON --vllm PYTHON"  with the peers, in environments made as peers/README.md says
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+HERE = Path(__file__).parent
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="where the JSON goes")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--trl", help="the Python of TRL's environment")
+    parser.add_argument("--vllm", help="the Python of vLLM's environment")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    model, runs = given.out / "model", ["--runs", str(given.runs)]
+    python = sys.executable
+
+    def script(name: str, *words: str) -> list[str]:
+        return [python, str(HERE / name), *words]
+
+    def result(name: str) -> list[str]:
+        return ["--json", str(given.out / f"{name}.json")]
+
+    jobs: list[tuple[str, list[str]]] = []
+    if not (model / "config.json").is_file():
+        jobs.append(("the model of the training step", script("peers/make_model.py", str(model))))
+    trl = ["--trl", given.trl] if given.trl else []
+    jobs += [
+        ("rollout manager", script("bench_rollout.py", *runs, *result("rollout"))),
+        ("local engine", script("bench_engine.py", *runs, *result("engine"))),
+        ("one training step", script("bench_step.py", "--model", str(model), *runs, *trl, *result("step"))),
+    ]
+    if given.vllm:
+        serve = script("peers/vllm_serve.py", "--python", given.vllm, "--model", str(model), "--")
+        trace = [given.vllm, str(HERE / "peers/vllm_trace.py"), "--url", "{url}", *result("vllm")]
+        jobs.append(("vLLM on the trace", [*serve, *trace]))
+    console, failed = Console(), 0
+    for title, words in jobs:
+        console.rule(title)
+        failed += subprocess.run(words, check=False).returncode != 0
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
