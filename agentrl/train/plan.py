@@ -81,7 +81,8 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
         if isinstance(stage, RLStage):
             what = (
                 f"{stage.steps} steps of {stage.prompts} tasks x {stage.samples} samples; "
-                f"{stage.strategy.type} rollouts, {stage.context.type} context, {stage.estimator.type}, {stage.surrogate.type}, {stage.aggregator.type}"
+                f"{stage.strategy.type} rollouts, {stage.context.type} context, "
+                f"{stage.estimator.type}, {stage.surrogate.type}, {stage.aggregator.type}"
             )
             extras = [
                 c.type for c in (*stage.annotators, *stage.shapers, *stage.editors, *stage.transforms, *stage.aux)
