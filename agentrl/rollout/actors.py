@@ -174,7 +174,7 @@ class _PolicyConversation:
         except asyncio.CancelledError:
             await actor.engine.abort(self._session)
             raise
-        parsed = actor.chat.parse(reply.ids)
+        parsed = self._dialogue.parse(reply.ids)
         span = Span(
             reply.ids,
             "assistant",
@@ -245,7 +245,7 @@ class _ExpertConversation:
         context = self._dialogue.context
         chat = self._actor.chat
         ids = chat.say(self._dialogue, say)
-        parsed = chat.parse(ids)
+        parsed = self._dialogue.parse(ids)
         span = Span(ids, "assistant", self._actor.origin, self._actor.name)
         sampling = Sampling(max_tokens=max(1, len(ids)))
         return Spoken(context, self._dialogue.heard(span, parsed), parsed, "stop", sampling)
