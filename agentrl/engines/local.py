@@ -201,6 +201,8 @@ class LocalEngine:
                 result: T | Exception = work()
             except AgentRLError as error:
                 result = error
+            except Exception as error:  # as in `_guarded`: whoever waits must hear of it
+                result = _broke(error)
             self._replies.append((loop, lambda: _settle(future, result)))
 
         self._post(run)
@@ -216,7 +218,8 @@ class LocalEngine:
                     while not self._inbox and (self._paused or self._asleep or not self._scheduler.busy):
                         self._wake_up.wait()
                     inbox, self._inbox = self._inbox, deque()
-                self._guarded(lambda inbox=inbox: [work() for work in inbox])  # type: ignore[misc]
+                for work in inbox:
+                    self._guarded(work)
                 if not (self._paused or self._asleep or self._closed):
                     started = time.perf_counter()
                     self._guarded(self._scheduler.step)
@@ -230,9 +233,7 @@ class LocalEngine:
         try:
             work()
         except Exception as error:
-            failure = InfraError(f"the local engine's forward failed: {type(error).__name__}: {error}")
-            failure.__cause__ = error
-            self._scheduler.fail(failure)
+            self._scheduler.fail(_broke(error))
 
     def _answer(self) -> None:
         """Hand replies to their event loops, one wake-up a loop."""
@@ -243,6 +244,12 @@ class LocalEngine:
         for loop, settles in by_loop.items():
             if not loop.is_closed():
                 loop.call_soon_threadsafe(lambda settles=settles: [settle() for settle in settles])  # type: ignore[misc]
+
+
+def _broke(error: Exception) -> InfraError:
+    failure = InfraError(f"the local engine broke: {type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure
 
 
 def _settle(future: asyncio.Future[T], reply: T | Exception) -> None:

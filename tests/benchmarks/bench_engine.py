@@ -1,6 +1,6 @@
 """The local engine beside transformers' `generate` and its continuous batching, on the published multi-turn trace.
 
-    python tests/benchmarks/bench_engine.py [--rows 1 8 32 128] [--runs 3] [--threads 2] [--json PATH]
+    python tests/benchmarks/bench_engine.py [--rows 1,8,32,128] [--runs 3] [--threads 2] [--json PATH]
     python tests/benchmarks/bench_engine.py --quickstart [--runs 3]
 
 Each engine is given the same contexts and must put out exactly the trace's number of tokens (no end token), sampled at
@@ -24,6 +24,7 @@ import asyncio
 import gc
 import heapq
 import json
+import os
 import statistics
 import sys
 import time
@@ -42,7 +43,7 @@ from transformers.utils import logging as transformers_logging
 from agentrl.engines import Request
 from agentrl.engines.local import LocalEngine
 from agentrl.trajectory import Sampling, as_ids
-from agentrl.tuning import tune
+from agentrl.tuning import OPENMP, tune
 
 sys.path.insert(0, str(Path(__file__).parent))
 from trace import Trace, TraceEpisode, episodes_at, read_trace
@@ -343,7 +344,9 @@ def main() -> None:
     parser.add_argument("--quickstart", action="store_true")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    tuned = tune()
+    if any(name not in os.environ for name in OPENMP):  # read once, when torch was loaded: start again with them
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**OPENMP, **os.environ})
+    tuned = tune() | OPENMP
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
     console = Console()

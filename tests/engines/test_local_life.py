@@ -247,6 +247,22 @@ def test_a_broken_forward_fails_its_requests_and_the_engine_goes_on(tools):
     assert after.ids.size == 4
 
 
+def test_whatever_breaks_between_steps_reaches_its_caller_only(tools):
+    def broken():
+        yield from ()
+        raise OSError("the file went away")
+
+    async def run():
+        async with tools.engine(tools.make(), rows=2) as engine:
+            task = asyncio.create_task(engine.generate(tools.request([1, 2], max_tokens=100)))
+            with pytest.raises(InfraError, match="the file went away"):
+                await asyncio.wait_for(engine.update_weights(broken(), version=1), 20)
+            return await asyncio.wait_for(task, 20), (await engine.health())["version"]
+
+    reply, version = asyncio.run(run())
+    assert reply.ids.size == 100 and version == 0
+
+
 def test_nan_weights_fail_the_requests_and_good_ones_heal_the_engine(tools):
     model = tools.make()
 
