@@ -208,9 +208,9 @@ def metrics_of(iteration: Iteration) -> dict[str, float]:
     trajectories = [member.trajectory for member in scored]
     if not scored:
         return {"episodes": float(len(members)), "missing": float(len(members))}
-    entropies = [turn.entropies for t in trajectories for turn in t.turns]
-    known = [values for values in entropies if values is not None and values.size]
-    turns = [turn for t in trajectories for turn in t.turns]
+    # A branch shares its first turns with its parent: what was sampled once counts once.
+    turns = list({id(turn): turn for t in trajectories for turn in t.turns}.values())
+    known = [turn.entropies for turn in turns if turn.entropies is not None and turn.n_sampled]
     calls = [use for turn in turns for use in turn.tools]
     out = {
         "episodes": float(len(members)),
@@ -223,7 +223,7 @@ def metrics_of(iteration: Iteration) -> dict[str, float]:
         "tool_errors": float(np.mean([not use.result.ok for use in calls])) if calls else 0.0,
         "parse_errors": float(np.mean([turn.error is not None for turn in turns])) if turns else 0.0,
         "turns": float(np.mean([len(t.turns) for t in trajectories])),
-        "tokens": float(sum(t.n_sampled for t in trajectories)),
+        "tokens": float(sum(turn.n_sampled for turn in turns)),
         "truncated": float(np.mean([t.outcome.kind == "truncated" for t in trajectories])),
         "groups": float(len(iteration.played)),
         "groups_trained": float(len(iteration.trained)),
