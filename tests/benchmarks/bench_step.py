@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from machine import describe
+from machine import describe, peak_rss_mb
 from rich.console import Console
 from rich.table import Table
 
@@ -35,7 +34,7 @@ def ours(model: str, steps: int, threads: int, out: Path) -> None:
     from chain_env import Chain
 
     from agentrl.algo.editor import DropConstant
-    from agentrl.algo.loss import PPOClip, RolloutBehaviour, UnitMean
+    from agentrl.algo.loss import PPOClip, RolloutBehaviour, TokenMean
     from agentrl.algo.sampler import TaskStream
     from agentrl.algo.state import StateStore
     from agentrl.chat import ChatFormat
@@ -53,7 +52,7 @@ def ours(model: str, steps: int, threads: int, out: Path) -> None:
     torch.set_num_threads(threads)
     options = OptimizerOptions(name="adamw", lr=1e-6)
     stage = RLStage(steps=steps, prompts=8, samples=8, optimizer=options, editors=(DropConstant(),))
-    objective = Objective(RolloutBehaviour(), PPOClip(low=0.2, high=0.2), UnitMean())
+    objective = Objective(RolloutBehaviour(), PPOClip(low=0.2, high=0.2), TokenMean())
 
     async def main() -> list[dict[str, float]]:
         env = Chain()
@@ -78,7 +77,7 @@ def ours(model: str, steps: int, threads: int, out: Path) -> None:
             iteration = await iterate(stage, step, tasks, store, rollout, forward, seed=0)
             rolled = time.perf_counter()
             update(
-                policy, optimizer, iteration.members, objective, temperature=1.0, minibatches=1, tokens_per_batch=16384
+                policy, optimizer, iteration.members, objective, temperature=1.0, minibatches=1, tokens_per_batch=4096
             )
             updated = time.perf_counter()
             await engine.update_weights(policy.weights(), step + 1)
@@ -100,7 +99,7 @@ def ours(model: str, steps: int, threads: int, out: Path) -> None:
 
     steps_measured = asyncio.run(main())[1:]
     report = {name: statistics.median(step[name] for step in steps_measured) for name in steps_measured[0]}
-    report["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    report["peak_rss_mb"] = peak_rss_mb()
     out.write_text(json.dumps(report))
 
 
