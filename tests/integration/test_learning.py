@@ -40,7 +40,7 @@ def test_the_quickstart_learns_to_use_a_tool(tmp_path: Path) -> None:
 
 
 def test_otc_calls_fall_at_equal_success(tmp_path: Path) -> None:
-    evals, folder = run("otc_grpo", tmp_path)
+    evals, folder = run("otc_grpo", tmp_path, "stages.1.steps=40")
     before, after = last(evals, "sft", "sampled"), last(evals, "rl", "sampled")
     assert after["success"] >= before["success"] + 0.05
     assert last(evals, "rl", "greedy")["tool_calls"] <= 0.75 * last(evals, "sft", "greedy")["tool_calls"]
