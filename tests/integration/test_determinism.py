@@ -109,13 +109,20 @@ def test_a_killed_rollout_leaves_episodes_in_flight_and_replays_them(config: Any
 
 def test_ctrl_c_is_a_clean_end(config: Any, tmp_path: Path) -> None:
     values = config(name="stopped", sft={"steps": 5000})
-    code = "import sys, json, agentrl; agentrl.train(json.loads(sys.argv[1]))"
+    # A shell that starts jobs in the background lets them ignore the interrupt; this one shall not.
+    code = (
+        "import json, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "import agentrl; agentrl.train(json.loads(sys.argv[1]))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code, json.dumps(values)], stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "runs" / "stopped" / "metrics.jsonl"
     until = time.monotonic() + 120
     while time.monotonic() < until and not (metrics.exists() and len(metrics.read_text().splitlines()) > 5):
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
+    try:
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode != 0
     assert json.loads((tmp_path / "runs" / "stopped" / "summary.json").read_text())["status"] == "cancelled"
