@@ -9,16 +9,20 @@ every time, which scattered additions are not.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from agentrl.train.packing import Block, Index, Layout
 
 NAME = "agentrl_packed"
+
+_FRUGAL = 8  # gathered keys per distinct token beyond which they are not kept for backward
 
 _HARMLESS = frozenset({"position_ids", "use_cache", "is_causal", "cache_position", "output_attentions"})
 
@@ -109,12 +113,14 @@ class _BlockView:
 class Packed:
     """A layout on a device: what the attention function needs, made once per micro-batch.
 
-    `windows`: the sliding window (or None) of every layer that has attended so far."""
+    `frugal`: rows repeat so many shared keys that a layer's copies are made again in backward instead of
+    kept. `windows`: the sliding window (or None) of every layer that has attended so far."""
 
     blocks: list[_BlockView]
     place: Picker
     at: Picker
     pairs: Picker
+    frugal: bool
     windows: list[int | None] = field(default_factory=list)
 
     @classmethod
@@ -127,6 +133,7 @@ class Packed:
             place=Picker.of(layout.place, queries, None, device),
             at=Picker.of(layout.at, size, None, device),
             pairs=Picker.of(layout.pairs, layout.at.size, None, device),
+            frugal=sum(block.keys.size for block in layout.blocks) > _FRUGAL * size,
         )
 
 
@@ -164,17 +171,39 @@ def attend(
     if packed is None or attention_mask is not None or dropout or strange or extra.get("is_causal") is False:
         raise Unsupported(f"packed attention does not know {strange or 'this call'}")
     packed.windows.append(sliding_window)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    flat_q, flat_k, flat_v = (x[0].transpose(0, 1).flatten(1) for x in (query, key, value))
+    heads = query.shape[1]
+    flat = [x[0].transpose(0, 1).flatten(1) for x in (query, key, value)]
     answers = []
     for block in packed.blocks:
-        q = block.queries(flat_q).view(block.rows, -1, heads, query.shape[-1]).transpose(1, 2)
-        k = block.keys(flat_k).view(block.rows, -1, kv_heads, key.shape[-1]).transpose(1, 2)
-        v = block.keys(flat_v).view(block.rows, -1, kv_heads, value.shape[-1]).transpose(1, 2)
-        mask = block.mask(sliding_window, query.dtype)
-        answer = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=heads != kv_heads
-        )
-        answers.append(answer.transpose(1, 2).flatten(2).flatten(0, 1))
-    flat = packed.place(answers[0] if len(answers) == 1 else torch.cat(answers))
-    return flat.view(1, -1, heads, value.shape[-1]), None
+        run = partial(_attend_block, block, heads, key.shape[1], block.mask(sliding_window, query.dtype), scaling)
+        if packed.frugal and torch.is_grad_enabled():
+            answers.append(checkpoint(run, *flat, use_reentrant=False, preserve_rng_state=False))
+        else:
+            answers.append(run(*flat))
+    joined = packed.place(answers[0] if len(answers) == 1 else torch.cat(answers))
+    return joined.view(1, -1, heads, value.shape[-1]), None
+
+
+def _attend_block(
+    block: _BlockView,
+    heads: int,
+    kv_heads: int,
+    mask: Tensor | None,
+    scaling: float | None,
+    flat_q: Tensor,
+    flat_k: Tensor,
+    flat_v: Tensor,
+) -> Tensor:
+    """Flat queries [T, H d], keys and values [T, Hkv d] -> the block's answers [R Q, H d], padding included."""
+    q = block.queries(flat_q).view(block.rows, -1, heads, flat_q.shape[1] // heads).transpose(1, 2)
+    k, v = (
+        block.keys(x).view(block.rows, -1, kv_heads, x.shape[1] // kv_heads).transpose(1, 2) for x in (flat_k, flat_v)
+    )
+    grouped = heads != kv_heads
+    if grouped and mask is not None and q.is_cuda:  # its fast kernels take a mask or grouped heads, not both
+        k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
+        grouped = False
+    answer = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+    return answer.transpose(1, 2).flatten(2).flatten(0, 1)

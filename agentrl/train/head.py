@@ -15,6 +15,8 @@ from torch import Tensor
 CHUNK = 1 << 22
 """Logits in one chunk (16 MB in float32)."""
 
+_KEPT = 2  # chunks of log-probs that may be kept for backward
+
 
 def target_logprobs(
     hidden: Tensor,
@@ -47,11 +49,11 @@ class _Head(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count = hidden.shape[0]
         step = max(1, chunk // weight.shape[0])
-        keep = count <= step and any(ctx.needs_input_grad)
+        keep = count <= _KEPT * step and any(ctx.needs_input_grad)
+        kept = torch.empty(count, weight.shape[0], device=hidden.device) if keep else None
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropies = torch.empty(count if entropy else 0, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        kept = None
         for start in range(0, count, step):
             part = slice(start, start + step)
             logits = _logits(hidden[part], weight, bias, temperature)
@@ -61,8 +63,8 @@ class _Head(torch.autograd.Function):
             logprobs[part] = logits.gather(1, targets[part, None])[:, 0]
             if entropy:
                 entropies[part] = _entropy(logits)
-            if keep:
-                kept = logits
+            if kept is not None:
+                kept[part] = logits
         ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropies, kept)
         ctx.temperature, ctx.step = temperature, step
         return logprobs, entropies
@@ -76,9 +78,10 @@ class _Head(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
         for start in range(0, hidden.shape[0], ctx.step):
             part = slice(start, start + ctx.step)
-            logprob = kept
-            if logprob is None:
+            if kept is None:
                 logprob = _logits(hidden[part], weight, bias, ctx.temperature).sub_(normaliser[part, None])
+            else:
+                logprob = kept[part]
             probs = logprob.exp()
             delta = probs * -grad[part, None]
             if entropies.numel():

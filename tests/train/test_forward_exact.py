@@ -7,9 +7,10 @@ import pytest
 import torch
 from rows_for_tests import ARCHS, VOCAB, gradients, grouped_rows, plain_logprobs, row, tiny
 
-from agentrl.train.attention import NAME
+from agentrl.train.attention import NAME, Packed
 from agentrl.train.forward import Network, plan, score_rows, token_logprobs
 from agentrl.train.head import target_logprobs
+from agentrl.train.packing import lay_out
 
 PLAIN = {"gemma2", "gpt_oss"}  # soft caps and sinks: attention that the packed form does not know
 NOT_DIRECT = {"gemma2", "granite"}  # logits that are more than the head of the hidden states
@@ -41,6 +42,20 @@ def test_sharing_forwards_every_distinct_token_once() -> None:
     assert token_logprobs(network, rows, share_prompts=True).tokens == 24
     assert token_logprobs(network, rows, share_prompts=False).tokens == 3 * 22
     assert token_logprobs(network, [rows[0]] * 3).tokens == 22
+
+
+def test_a_long_prompt_of_many_rows_is_exact_without_keeping_its_copies() -> None:
+    model = tiny("qwen3")
+    network, rng = Network(model), np.random.default_rng(0)
+    prompt = rng.integers(3, VOCAB, 60)
+    rows = [row([*prompt, *rng.integers(3, VOCAB, 4)], [61, 63]) for _ in range(20)]
+    assert Packed.of(lay_out(rows), torch.device("cpu")).frugal
+    assert not Packed.of(lay_out(grouped_rows()), torch.device("cpu")).frugal
+    wanted = gradients(model, *plain_logprobs(model, rows))
+    out = token_logprobs(network, rows, entropy=True)
+    assert out.entropies is not None and 100 < out.tokens <= 60 + 20 * 3
+    for name, grad in gradients(model, out.logprobs, out.entropies).items():
+        torch.testing.assert_close(grad, wanted[name], atol=1e-5 * max(1.0, float(grad.abs().max())), rtol=0)
 
 
 def test_tokens_after_the_last_target_change_nothing() -> None:
