@@ -143,24 +143,33 @@ class PolicyActor:
         return _PolicyConversation(self, session, group, tools)
 
 
-class _PolicyConversation:
-    def __init__(self, actor: PolicyActor, session: str, group: str, tools: Sequence[dict[str, Any]]) -> None:
-        self._actor = actor
-        self._session = session
-        self._group = group
+class _TokenConversation:
+    """What conversations in token ids share: a dialogue, begun afresh whenever a context is rebuilt."""
+
+    def __init__(self, chat: ChatFormat, tools: Sequence[dict[str, Any]], name: str) -> None:
+        self._chat = chat
         self._tools = tools
-        self._dialogue = Dialogue(actor.chat, tools, actor=actor.name)
+        self._name = name
+        self._dialogue = Dialogue(chat, tools, actor=name)
 
     @property
     def n_tokens(self) -> int:
         return self._dialogue.n_tokens
 
     def start(self, messages: Sequence[Message]) -> None:
-        self._dialogue = Dialogue(self._actor.chat, self._tools, actor=self._actor.name)
+        self._dialogue = Dialogue(self._chat, self._tools, actor=self._name)
         self._dialogue.start(messages)
 
     def extend(self, messages: Sequence[Message]) -> None:
         self._dialogue.extend(messages)
+
+
+class _PolicyConversation(_TokenConversation):
+    def __init__(self, actor: PolicyActor, session: str, group: str, tools: Sequence[dict[str, Any]]) -> None:
+        super().__init__(actor.chat, tools, actor.name)
+        self._actor = actor
+        self._session = session
+        self._group = group
 
     async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
         actor = self._actor
@@ -220,33 +229,20 @@ class ExpertActor:
         return _ExpertConversation(self, expert, tools)
 
 
-class _ExpertConversation:
+class _ExpertConversation(_TokenConversation):
     def __init__(self, actor: ExpertActor, expert: Expert, tools: Sequence[dict[str, Any]]) -> None:
-        self._actor = actor
+        super().__init__(actor.chat, tools, actor.name)
+        self._origin: Origin = actor.origin
         self._expert = expert
-        self._tools = tools
-        self._dialogue = Dialogue(actor.chat, tools, actor=actor.name)
-
-    @property
-    def n_tokens(self) -> int:
-        return self._dialogue.n_tokens
-
-    def start(self, messages: Sequence[Message]) -> None:
-        self._dialogue = Dialogue(self._actor.chat, self._tools, actor=self._actor.name)
-        self._dialogue.start(messages)
-
-    def extend(self, messages: Sequence[Message]) -> None:
-        self._dialogue.extend(messages)
 
     async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
         say = await self._expert.say(heard)
         if say is None:
             return None
         context = self._dialogue.context
-        chat = self._actor.chat
-        ids = chat.say(self._dialogue, say)
+        ids = self._chat.say(self._dialogue, say)
         parsed = self._dialogue.parse(ids)
-        span = Span(ids, "assistant", self._actor.origin, self._actor.name)
+        span = Span(ids, "assistant", self._origin, self._name)
         sampling = Sampling(max_tokens=max(1, len(ids)))
         return Spoken(context, self._dialogue.heard(span, parsed), parsed, "stop", sampling)
 
