@@ -45,7 +45,7 @@ class TrainingStage(Component):
     point: ClassVar[str] = "stage"
     steps: int = Field(ge=1)
     optimizer: OptimizerOptions
-    tokens_per_batch: int = Field(default=4096, ge=1, description="padded tokens of one forward and backward pass")
+    tokens_per_batch: int = Field(default=4096, ge=1, description="distinct tokens of one forward and backward pass")
     until: Until | None = None
 
 
