@@ -230,6 +230,8 @@ def test_a_bug_is_one_line_and_its_traceback_is_kept(run: Run, api: SimpleNamesp
 def test_ctrl_c_ends_with_130_and_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG)
     script = (
+        # A shell that starts jobs in the background lets them ignore the interrupt; this one shall not.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys, types, time, asyncio\n"
         "fake = types.ModuleType('agentrl.api')\n"
         "async def wait():\n"
