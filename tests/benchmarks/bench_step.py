@@ -77,7 +77,7 @@ def ours(model: str, steps: int, threads: int, out: Path) -> None:
             iteration = await iterate(stage, step, tasks, store, rollout, forward, seed=0)
             rolled = time.perf_counter()
             update(
-                policy, optimizer, iteration.members, objective, temperature=1.0, minibatches=1, tokens_per_batch=4096
+                policy, optimizer, iteration.members, objective, temperature=1.0, minibatches=1, tokens_per_batch=2048
             )
             updated = time.perf_counter()
             await engine.update_weights(policy.weights(), step + 1)
