@@ -50,45 +50,40 @@ class _Head(torch.autograd.Function):
         count = hidden.shape[0]
         step = max(1, chunk // weight.shape[0])
         keep = count <= _KEPT * step and any(ctx.needs_input_grad)
-        kept = torch.empty(count, weight.shape[0], device=hidden.device) if keep else None
+        kept = []
         logprobs = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropies = torch.empty(count if entropy else 0, dtype=torch.float32, device=hidden.device)
-        normaliser = torch.empty(count, dtype=torch.float32, device=hidden.device)
         for start in range(0, count, step):
             part = slice(start, start + step)
-            logits = _logits(hidden[part], weight, bias, temperature)
-            norm = torch.logsumexp(logits, dim=-1)
-            logits -= norm[:, None]
-            normaliser[part] = norm
-            logprobs[part] = logits.gather(1, targets[part, None])[:, 0]
+            each = _logprobs(hidden[part], weight, bias, temperature)
+            logprobs[part] = each.gather(1, targets[part, None])[:, 0]
             if entropy:
-                entropies[part] = _entropy(logits)
-            if kept is not None:
-                kept[part] = logits
-        ctx.save_for_backward(hidden, weight, bias, targets, normaliser, entropies, kept)
+                entropies[part] = _entropy(each)
+            if keep:
+                kept.append(each)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropies, *kept)
         ctx.temperature, ctx.step = temperature, step
         return logprobs, entropies
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, normaliser, entropies, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, entropies, *kept = ctx.saved_tensors
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         grad_hidden = torch.empty_like(hidden) if to_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if to_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if to_bias else None
-        for start in range(0, hidden.shape[0], ctx.step):
+        for number, start in enumerate(range(0, hidden.shape[0], ctx.step)):
             part = slice(start, start + ctx.step)
-            if kept is None:
-                logprob = _logits(hidden[part], weight, bias, ctx.temperature).sub_(normaliser[part, None])
-            else:
-                logprob = kept[part]
+            logprob = kept[number] if kept else _logprobs(hidden[part], weight, bias, ctx.temperature)
             probs = logprob.exp()
-            delta = probs * -grad[part, None]
             if entropies.numel():
                 surprise = logprob.clamp_min(torch.finfo(logprob.dtype).min) + entropies[part, None]
-                delta.addcmul_(probs * surprise, -grad_entropy[part, None])
+                delta = probs.mul(-grad[part, None]).addcmul_(probs * surprise, -grad_entropy[part, None])
+            else:
+                delta = probs.mul_(-grad[part, None])
             delta.scatter_add_(1, targets[part, None], grad[part, None])
-            delta /= ctx.temperature
+            if ctx.temperature != 1.0:
+                delta /= ctx.temperature
             if grad_hidden is not None:
                 grad_hidden[part] = delta.to(weight.dtype) @ weight
             if grad_weight is not None:
@@ -102,10 +97,10 @@ class _Head(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """A fresh float32 [n, V], scaled by the temperature."""
+def _logprobs(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    """log softmax((hidden W^T + b) / temperature), float32 [n, V]."""
     logits = torch.nn.functional.linear(hidden, weight, bias).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+    return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), dim=-1)
 
 
 def _entropy(logprobs: Tensor) -> Tensor:
