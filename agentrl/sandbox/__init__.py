@@ -77,8 +77,9 @@ class Result:
     """What a program came to, as its sandbox tells it.
 
     `stdout` and `stderr` are the beginnings and ends of the streams, `dropped` the bytes left out between. `value`:
-    repr of a cell's last expression. `error`: the exception's traceback. `exit_code`: a shell command's (negative: ended
-    by that signal). `hit`: limits that the program ran into. `lost`: the Python state is gone. `seconds`: on the host's clock.
+    repr of a cell's last expression. `error`: the exception's traceback. `exit_code`: a shell command's (negative:
+    ended by that signal). `hit`: limits that the program ran into. `lost`: the Python state is gone. `seconds`: on
+    the host's clock.
     """
 
     status: Status
@@ -133,7 +134,7 @@ class Sandbox(Protocol):
         ...
 
     async def read(self, path: str, most: int = 1_000_000) -> bytes:
-        """A regular file of the workspace, symbolic links not followed. Raises `PathError`, also beyond `most` bytes."""
+        """A regular file of the workspace; links are not followed. Raises `PathError`, also beyond `most` bytes."""
         ...
 
     async def write(self, path: str, data: bytes) -> None:
