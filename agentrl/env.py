@@ -23,7 +23,7 @@ from pydantic import BaseModel
 from agentrl.content import Content
 from agentrl.errors import UsageError
 from agentrl.task import Task
-from agentrl.tool import Tool, Toolkit, branch, tools_of
+from agentrl.tool import Tool, Toolkit, branch, gathered, rewire, tools_of
 from agentrl.trajectory import Outcome, ToolCall, ToolUse, Trajectory, Turn
 
 if TYPE_CHECKING:
@@ -138,16 +138,17 @@ class Env:
         child = copy.copy(self)
         child._template = self.template
         if self.tools:
-            child.tools = tuple(kit.spawn() for kit in self.tools)
-            fresh = {id(kit): new for kit, new in zip(self.tools, child.tools, strict=True)}
-            for name, value in vars(self).items():  # self.search = Search(…) must mean the episode's own
-                if id(value) in fresh:
-                    setattr(child, name, fresh[id(value)])
+            fresh = {id(kit): kit.spawn() for kit in self.kits}
+            child.tools = tuple(fresh[id(kit)] for kit in self.tools)
+            rewire((child, *fresh.values()), fresh)
         return child
 
     def fork(self) -> Self:
         """A deep copy of the episode's own state for a branch; what the template holds stays shared."""
-        return branch(self, self.template, {id(kit): kit.fork() for kit in self.tools})
+        twins = {id(kit): kit.fork() for kit in self.kits}
+        child = branch(self, self.template, twins)
+        rewire(twins.values(), twins)
+        return child
 
     async def close(self) -> None:
         """Release the episode's resources. Idempotent."""
@@ -163,14 +164,27 @@ class Env:
         """The instance this episode was spawned from (itself, for a template)."""
         return self._template or self
 
+    @property
+    def kits(self) -> tuple[Toolkit, ...]:
+        """The toolkits in `tools`, then those they hold in attributes (a sandbox that several share), each once."""
+        return gathered(self.tools)
+
     async def prepare(self) -> None:
         """Run `setup`, the toolkits' too, unless that was done before: what every runner calls first."""
         template = self.template
         if not template._prepared:
             template._prepared = True
             await settled(template.setup())
-            for kit in template.tools:
+            for kit in template.kits:
                 await settled(kit.setup())
+
+    async def retire(self) -> None:
+        """Close the template and its toolkits: what a runner that called `prepare` calls last. Idempotent."""
+        template = self.template
+        template._prepared = False
+        owners: tuple[Env | Toolkit, ...] = (template, *template.kits)
+        for owner in owners:
+            await settled(owner.close())
 
     def toolbox(self) -> dict[str, tuple[Any, Tool]]:
         """Every tool by name with the object it acts on: the environment's own, then its toolkits'."""

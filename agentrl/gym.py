@@ -116,8 +116,9 @@ class GymEnv(gymnasium.Env[str, str]):
         return "\n".join(self._lines) if self.render_mode == "ansi" else None
 
     def close(self) -> None:
-        """Release the running episode. Idempotent."""
+        """Release the running episode, and what the environment shares among episodes. Idempotent."""
         _run(self._drop())
+        _run(self.env.retire())
 
     def _next_task(self) -> Task:
         for _ in range(2):

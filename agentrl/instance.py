@@ -131,7 +131,7 @@ class Local:
         return obs
 
     async def _reset(self, task: Task, seed: tuple[int, ...], limit: float | None) -> Obs | None:
-        for index, kit in enumerate(self.env.tools):
+        for index, kit in enumerate(self.env.kits):
             if overrides(kit, "reset", Toolkit):
                 await self._ask(f"{type(kit).__name__}.reset", partial(kit.reset, generator(seed, index + 1)), limit)
         if not overrides(self.env, "reset", Env):
@@ -203,7 +203,7 @@ class Local:
 
     async def close(self, limit: float) -> None:
         """Close the environment and its toolkits, whatever they do, within `limit` seconds each."""
-        owners: list[tuple[Env | Toolkit, type]] = [(self.env, Env), *((kit, Toolkit) for kit in self.env.tools)]
+        owners: list[tuple[Env | Toolkit, type]] = [(self.env, Env), *((kit, Toolkit) for kit in self.env.kits)]
         for owner, base in owners:
             if not overrides(owner, "close", base):
                 continue

@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Self, TypeVar, overload
@@ -228,11 +228,36 @@ class Toolkit:
         return child
 
     def fork(self) -> Self:
-        """A deep copy of the episode's own state for a branch; what the template holds stays shared."""
-        return branch(self, self._template or self)
+        """A deep copy of the episode's own state for a branch; what the template holds stays shared.
+
+        Toolkits held in attributes are not copied here: the environment forks each once and puts the copy in place.
+        """
+        return branch(self, self._template or self, {id(kit): kit for kit in gathered((self,)) if kit is not self})
 
     async def close(self) -> None:
         """Release what the episode (or the template) holds. Idempotent."""
+
+
+def gathered(kits: Iterable[Toolkit]) -> tuple[Toolkit, ...]:
+    """`kits`, then the toolkits that they hold in attributes, and so on; each once."""
+    found: dict[int, Toolkit] = {}
+    waiting = list(kits)
+    for kit in waiting:  # grows while it is read
+        if id(kit) not in found:
+            found[id(kit)] = kit
+            waiting += [
+                value for value in vars(kit).values() if isinstance(value, Toolkit) and value is not kit._template
+            ]
+    return tuple(found.values())
+
+
+def rewire(owners: Iterable[object], fresh: Mapping[int, Toolkit]) -> None:
+    """Replace each reference that `owners` hold to an old toolkit by its successor, `fresh[id(old)]`: where several
+    hold one toolkit, the copies of them must hold one copy of it."""
+    for owner in owners:
+        for name, value in list(vars(owner).items()):
+            if id(value) in fresh and name != "_template":
+                setattr(owner, name, fresh[id(value)])
 
 
 def branch(source: T, template: object, known: Mapping[int, object] = types.MappingProxyType({})) -> T:

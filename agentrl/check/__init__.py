@@ -48,6 +48,8 @@ async def examine(
         pass  # its finding is among the rest
     except InfraError as error:
         out.error("setup", f"what the environment leans on failed: {error}", "start it, then check again")
+    finally:
+        await invoke(env.retire, SETUP_SECONDS)
     return list(out)
 
 

@@ -127,6 +127,7 @@ def play(spec: str, *options: Options, task: str | None = None, split: str = "tr
                 break
             runner.run(game.take(line))
         runner.run(game.close())
+        runner.run(env.retire())
 
 
 def _make(spec: str, words: tuple[str, ...]) -> Any:

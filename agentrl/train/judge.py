@@ -66,7 +66,7 @@ class Judge:
                 self.reporter.evaluated(records[-1])
         finally:
             await engine.close()
-            await self.env.close()
+            await self.env.retire()
         return records
 
     async def endpoint(self, url: str, model: str, decode: Sequence[Decode]) -> list[dict[str, Any]]:
@@ -79,6 +79,7 @@ class Judge:
                 groups = await self._play(actor, f"eval-{mode}", self.samples if mode == "sampled" else 1)
             finally:
                 await actor.close()
+                await self.env.retire()
             records.append(summarise(groups, stage="endpoint", step=0, decode=mode))
             self.reporter.evaluated(records[-1])
         return records
@@ -97,7 +98,7 @@ class Judge:
         finally:
             writer.close()
             await engine.close()
-            await self.env.close()
+            await self.env.retire()
 
     async def _play(self, actor: Actor, stage: str, samples: int, writer: StoreWriter | None = None) -> list[Group]:
         await self.env.prepare()

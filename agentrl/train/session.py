@@ -96,7 +96,7 @@ class Session:
         await self.engine.close()
         self.writer.close()
         self.metrics.close()
-        await self.env.close()
+        await self.env.retire()
 
     def context_of(self, stage: TrainingStage) -> ContextPolicy:
         """The context policy of an RL stage, or for a supervised one that of the RL stage it prepares."""
