@@ -31,6 +31,7 @@ VERBS = {
     "env": ("agentrl.cli.env:app", "Scaffold, list, check and play environments."),
     "config": ("agentrl.cli.config:app", "Show, compare and describe configurations."),
     "export": ("agentrl.cli.export:app", "Write a trained policy in another format."),
+    "index": ("agentrl.cli.index:index", "Look after the index of a run's trajectories."),
     "doctor": ("agentrl.cli.doctor:doctor", "Check this machine, a model's tokenizer, a configuration."),
 }
 

@@ -174,7 +174,7 @@ class _PolicyConversation(_TokenConversation):
     async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
         actor = self._actor
         context = self._dialogue.context
-        sampling = replace(actor.sampling, max_tokens=max_tokens, seed=seed)
+        sampling = replace(actor.sampling, max_tokens=min(max_tokens, actor.sampling.max_tokens), seed=seed)
         forced = _recorded_ids(recorded) if recorded is not None else None
         request = Request(ids_of(context), sampling, self._session, self._group, forced)
         try:

@@ -99,7 +99,7 @@ def connect(folder: Path, *, name: str = NAME) -> sqlite3.Connection:
         if version == 0:
             connection.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}COMMIT;")
         elif version != FORMAT:
-            raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: agentrl index --rebuild")
+            raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
     except sqlite3.DatabaseError as error:
         raise index_failed(path, error) from error
     return connection
@@ -123,7 +123,7 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
     if version == 0:
         raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
     if version != FORMAT:
-        raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: agentrl index --rebuild")
+        raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
     return connection
 
 
@@ -140,7 +140,7 @@ def index_failed(path: Path, error: sqlite3.DatabaseError) -> RunFailed:
         return RunFailed(
             f"cannot use {path}: {error}; make room and go on with --resume (what was acknowledged is safe)"
         )
-    return RunFailed(f"{path} is damaged ({error}); the segments are intact: run agentrl index --rebuild")
+    return RunFailed(f"{path} is damaged ({error}); the segments are intact; run: {_remedy(path)}")
 
 
 def facts_of(
@@ -187,3 +187,7 @@ def insert(
     connection.executemany(INSERT_CREDIT, credit)
     connection.executemany(INSERT_PIECE, pieces)
     connection.executemany(INSERT_EXTENT, extents)
+
+
+def _remedy(path: Path) -> str:
+    return f"agentrl index {path.parent} --rebuild"

@@ -142,11 +142,19 @@ def make_engine(config: Config, policy: Policy) -> LocalEngine:
 
 
 def policy_actor(
-    config: Config, engine: Engine, chat: ChatFormat, *, temperature: float, top_p: float = 1.0, top_k: int = 0
+    config: Config,
+    engine: Engine,
+    chat: ChatFormat,
+    *,
+    temperature: float,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    max_tokens: int | None = None,
 ) -> PolicyActor:
-    """The trained policy as an actor."""
+    """The trained policy as an actor. `max_tokens` a turn: within `rollout.max_tokens`, which is the default."""
     requests = asyncio.Semaphore(config.rollout.engine_requests) if config.rollout.engine_requests else None
-    sampling = Sampling(temperature, top_p, top_k, config.rollout.max_tokens)
+    most = config.rollout.max_tokens
+    sampling = Sampling(temperature, top_p, top_k, min(max_tokens or most, most))
     return PolicyActor(engine, chat, sampling, requests=requests)
 
 

@@ -54,6 +54,12 @@ def _check_rl(config: Config, stage: RLStage) -> None:
         raise UsageError(
             "groups of one are always constant, so drop_constant drops them all; raise samples, or set editors: []"
         )
+    longest = max(stage.at(step)[0].max_tokens or 0 for step in range(stage.steps))
+    if longest > config.rollout.max_tokens:
+        raise UsageError(
+            f"a stage's max_tokens {longest} is more than rollout.max_tokens {config.rollout.max_tokens}, which holds "
+            "for every episode; raise rollout.max_tokens"
+        )
     if stage.strategy.needs_fork and config.rollout.episodes < stage.samples:
         raise UsageError(
             f"strategy {stage.strategy.type} keeps a whole group in flight: rollout.episodes {config.rollout.episodes} "

@@ -62,7 +62,6 @@ class ReinforceRunner:
         self.stage = stage
         self.label = label
         self.optimizer = optimizer
-        self.objective = Objective(stage.behaviour, stage.surrogate, stage.aggregator, stage.aux)
         needed = any(annotator.needs_reference for annotator in stage.annotators)
         self.reference = session.policy.frozen_copy(reference) if needed else None
         self._left_over = left_over
@@ -72,7 +71,8 @@ class ReinforceRunner:
 
     async def step(self, step: int) -> dict[str, float]:
         """One iteration; returns its metrics."""
-        session, stage = self.session, self.stage
+        session = self.session
+        stage, scheduled = self.stage.at(step)
         recorded, self._left_over = self._left_over, Recorded()
 
         async def rollout(draws: Sequence[TaskDraw]) -> list[Group]:
@@ -85,6 +85,7 @@ class ReinforceRunner:
                     temperature=stage.temperature,
                     top_p=stage.top_p,
                     top_k=stage.top_k,
+                    max_tokens=stage.max_tokens,
                 ),
                 stage=self.label,
                 strategy=stage.strategy,
@@ -98,7 +99,7 @@ class ReinforceRunner:
         counters = engine_counters(session.engine)
         begun = time.perf_counter()
         iteration = await iterate(
-            stage, step, session.tasks, session.store, rollout, self._forward, seed=session.config.seed
+            stage, step, session.tasks, session.store, rollout, self._forward(stage), seed=session.config.seed
         )
         played = time.perf_counter()
         lr = self.optimizer.lr
@@ -107,7 +108,7 @@ class ReinforceRunner:
             session.policy,
             self.optimizer,
             iteration.members,
-            self.objective,
+            Objective(stage.behaviour, stage.surrogate, stage.aggregator, stage.aux),
             temperature=stage.temperature,
             minibatches=stage.minibatches,
             tokens_per_batch=stage.tokens_per_batch,
@@ -125,6 +126,7 @@ class ReinforceRunner:
         values |= {f"speed/engine_{name}": v - counters[name] for name, v in engine_counters(session.engine).items()}
         values["speed/episodes_s"] = values["episodes"] / (played - begun)
         values |= {"lr": lr, "train_tokens": float(report.tokens)}
+        values |= {f"schedule/{path}": value for path, value in scheduled.items()}
         values |= {"time/rollout": played - begun, "time/update": updated - played, "time/store": done - updated}
         session.progress.add_throughput(values)
         return values
@@ -132,17 +134,20 @@ class ReinforceRunner:
     async def finish(self) -> None:
         """Nothing to do: every step handed its weights over."""
 
-    async def _forward(self, members: Sequence[Member], which: Literal["policy", "reference"]) -> list[list[Floats]]:
-        model = self.session.policy if which == "policy" else self.reference
-        if model is None:
-            raise RunFailed("an annotator asked for the reference policy without saying needs_reference = True")
-        return await asyncio.to_thread(
-            forward_members,
-            model,
-            members,
-            temperature=self.stage.temperature,
-            token_budget=self.stage.tokens_per_batch,
-        )
+    def _forward(self, stage: RLStage) -> Forward:
+        async def forward(members: Sequence[Member], which: Literal["policy", "reference"]) -> list[list[Floats]]:
+            model = self.session.policy if which == "policy" else self.reference
+            if model is None:
+                raise RunFailed("an annotator asked for the reference policy without saying needs_reference = True")
+            return await asyncio.to_thread(
+                forward_members,
+                model,
+                members,
+                temperature=stage.temperature,
+                token_budget=stage.tokens_per_batch,
+            )
+
+        return forward
 
 
 def engine_counters(engine: Engine) -> dict[str, float]:

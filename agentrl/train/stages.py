@@ -15,6 +15,9 @@ from agentrl.algo.sampler import TaskSampler, UniformSampler
 from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.rollout.strategy import FlatRollouts, RolloutStrategy
 from agentrl.train.options import OptimizerOptions
+from agentrl.train.schedule import ScalarSchedule, scheduled
+
+_FIXED = ("steps", "minibatches", "optimizer", "until", "schedules")  # the optimiser's own schedule counts on them
 
 
 class Until(BaseModel):
@@ -67,6 +70,12 @@ class RLStage(TrainingStage):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="new tokens per turn; default: what rollout.max_tokens says"
+    )
+    schedules: dict[str, ScalarSchedule] = Field(
+        default={}, description="numbers of this stage that change with the step, by path, such as surrogate.high"
+    )
     sampler: one_of(TaskSampler) = UniformSampler()  # type: ignore[valid-type]
     context: one_of(ContextPolicy) = AppendOnly()  # type: ignore[valid-type]
     strategy: one_of(RolloutStrategy) = FlatRollouts()  # type: ignore[valid-type]
@@ -88,3 +97,16 @@ class RLStage(TrainingStage):
         if isinstance(self.behaviour, loss.OldBehaviour) and annotator.OldLogprobs not in have:
             raise ValueError("behaviour 'old' needs annotators: [old_logprobs]")
         return self
+
+    @model_validator(mode="after")
+    def _schedules_fit(self) -> RLStage:
+        for path in self.schedules:
+            if path.split(".")[0] in _FIXED:
+                raise ValueError(f"schedules: {path!r} must stay the same through a stage; begin another stage instead")
+        self.at(0)
+        self.at(self.steps - 1)
+        return self
+
+    def at(self, step: int) -> tuple[RLStage, dict[str, float]]:
+        """The stage as its schedules have it at `step` (from 0), and the scheduled numbers by path."""
+        return scheduled(self, self.schedules, step, self.steps) if self.schedules else (self, {})

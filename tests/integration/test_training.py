@@ -70,7 +70,7 @@ def test_any_model_folder_trains_and_is_exported(small: Any, folder: Path, tmp_p
         env=f"{__file__}:Length",
         model={"type": "hf", "path": str(folder), "lora": lora},
         engine={"rows": 8, "max_context": 1024},
-        stages=[RL_ONLY],
+        stages=[RL_ONLY | {"schedules": {"surrogate.high": {"start": 0.2, "end": 0.4}}}],
         eval={"tasks": 4},
     )
     summary = agentrl.train(config)
@@ -78,6 +78,7 @@ def test_any_model_folder_trains_and_is_exported(small: Any, folder: Path, tmp_p
     run = tmp_path / "runs" / "hf"
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["stage"] == "rl"]
     assert all(line["gap/max_abs"] < 1e-4 for line in lines), "engine and trainer agree on every sampled token"
+    assert [line["schedule/surrogate.high"] for line in lines] == [0.2, 0.4]
     before = AutoModelForCausalLM.from_pretrained(folder).state_dict()
 
     merged = agentrl.export(run, tmp_path / "merged", checkpoint="last")

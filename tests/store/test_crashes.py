@@ -185,9 +185,9 @@ def test_a_damaged_index_says_how_to_mend_it(tmp_path: Path, records: ModuleType
     with StoreWriter(tmp_path) as store:
         store.add([records.episode(records.key(1, "t"))], step=1, stage="rl")
     (tmp_path / "index.sqlite").write_bytes(b"no database" * 1000)
-    with pytest.raises(RunFailed, match=r"damaged .*run agentrl index --rebuild"):
+    with pytest.raises(RunFailed, match=r"damaged .*run: agentrl index .* --rebuild"):
         StoreReader(tmp_path)
-    with pytest.raises(RunFailed, match=r"damaged .*run agentrl index --rebuild"):
+    with pytest.raises(RunFailed, match=r"damaged .*run: agentrl index .* --rebuild"):
         StoreWriter(tmp_path)
     assert rebuild(tmp_path) == 1
     StoreWriter(tmp_path).close()
