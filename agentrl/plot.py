@@ -112,6 +112,7 @@ def draw(axes: Axes, data: Curve) -> None:
             textcoords="offset points",
             va="center",
             color=colour,
+            annotation_clip=False,
         )
     if data.warm is not None:
         axes.axvline(data.warm, color=_FAINT, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
@@ -131,9 +132,10 @@ def draw(axes: Axes, data: Curve) -> None:
 
 
 def _apart(heights: Mapping[str, float], gap: float = 0.06) -> dict[str, float]:
-    """The heights of labels, moved upwards where two would overlap."""
+    """The heights of labels, moved down where two would overlap, then all up where that left the picture."""
     placed: dict[str, float] = {}
-    edge = -1.0
-    for name, height in sorted(heights.items(), key=lambda item: item[1]):
-        placed[name] = edge = max(height, edge + gap)
-    return placed
+    edge = 2.0
+    for name, height in sorted(heights.items(), key=lambda item: -item[1]):
+        placed[name] = edge = min(height, edge - gap)
+    lift = max(0.0, -edge)
+    return {name: height + lift for name, height in placed.items()}
