@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Literal, Protocol, Self, get_args
 
 from pydantic import BaseModel, Field, model_validator
@@ -45,7 +44,7 @@ class Limits(BaseModel, extra="forbid", frozen=True):
     open_files: int = Field(1024, ge=64)
     disk_mb: int = Field(64, ge=1)
     inodes: int = Field(10_000, ge=100)
-    output_bytes: int = Field(20_000, ge=100, le=1_000_000)
+    output_bytes: int = Field(20_000, ge=100, le=200_000)
     read_mb: int = Field(64, ge=1)
     cpus: float = Field(1.0, gt=0)
     strict: bool = False
@@ -61,7 +60,7 @@ class Limits(BaseModel, extra="forbid", frozen=True):
 class Enforcement:
     """Which limits hold on this machine: `missing` maps each one that does not to the reason, in one sentence."""
 
-    missing: Mapping[LimitName, str] = MappingProxyType({})
+    missing: Mapping[LimitName, str] = field(default_factory=dict)
 
     @property
     def enforced(self) -> tuple[LimitName, ...]:
