@@ -4,11 +4,13 @@
 
 A *supervisor* holds the channel to the host and never runs anybody's code. It forks *workers*: a worker keeps one
 persistent namespace and runs the cells it is sent; a shell command is a process of its own. Programs have the
-supervisor's uid, so they may kill it (the host then sees the channel close) but they cannot read it, and nothing they do
-makes it wait for ever or grow: it reads their pipes with a clock and a budget, and checks what it reads.
+supervisor's uid, so they may kill it (the host then sees the channel close) but they cannot read it, and nothing they
+do makes it wait for ever or grow: it reads their pipes with a clock and a budget, and checks what it reads.
 
 Frames on the channel: 4-byte big-endian length, then a JSON object; see `sandboxes/session.py`.
 """
+
+from __future__ import annotations
 
 import base64
 import builtins
@@ -22,12 +24,18 @@ import struct
 import sys
 import time
 
+TYPE_CHECKING = False  # `typing` itself takes too long to import
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from typing import Any, Literal, NoReturn
+
 GRACE = 0.5  # seconds between SIGINT and SIGKILL
 LENGTH = struct.Struct("!I")
 MOST_REPLY = 4 << 20  # bytes of a worker's reply that are believed
 MOST_FRAME = 8 << 20  # bytes of a host's frame
 MOST_FILES = 4096  # listed at once
 CHUNK = 1 << 16
+PACKAGES = "/opt/agentrl/packages"  # where the image has its own
 
 
 class Refused(Exception):
@@ -37,7 +45,7 @@ class Refused(Exception):
 # -- the worker: everything here runs in the process that user code may change ----------------------------------------
 
 
-def run_worker(link, number):
+def run_worker(link: socket.socket, number: int) -> None:
     """Serve cells over `link` until it closes. Every message is a JSON object, with three or more fds for some."""
     module = type(sys)("__main__")  # ours is not theirs to see, and must outlive what they do to theirs
     ours, sys.modules["__main__"] = sys.modules["__main__"], module
@@ -80,7 +88,7 @@ def run_worker(link, number):
         link.sendall(pack(len(body)) + body)
 
 
-def _frozen(link):
+def _frozen(link: socket.socket) -> bool:
     """Wait in a snapshot. Each thaw makes a fork that goes on (returns True) over the socket that came with it."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     while True:
@@ -98,16 +106,16 @@ def _frozen(link):
         link.sendall(LENGTH.pack(child))
 
 
-def _cell(code, name, namespace, longest):
+def _cell(code: str, name: str, namespace: dict[str, Any], longest: int) -> dict[str, Any]:
     """Run one cell; what it came to."""
     out = {"status": "ok", "value": None, "error": None}
     try:
-        tree = compile(code, name, "exec", 0x400, True)  # PyCF_ONLY_AST
+        tree: Any = compile(code, name, "exec", 0x400, True)  # PyCF_ONLY_AST
         last = None
         if tree.body and type(tree.body[-1]).__name__ == "Expr":
-            kind = type(tree).__mro__[1]  # _ast.mod: Expression is its sibling
-            expression = next(c for c in kind.__subclasses__() if c.__name__ == "Expression")
-            last = compile(expression(tree.body.pop().value), name, "eval", 0, True)
+            import _ast
+
+            last = compile(_ast.Expression(tree.body.pop().value), name, "eval", 0, True)
         body = compile(tree, name, "exec", 0, True)
         exec(body, namespace)
         if last is not None:
@@ -128,7 +136,7 @@ def _cell(code, name, namespace, longest):
     return out
 
 
-def _told(error, code, name, longest):
+def _told(error: BaseException, code: str, name: str, longest: int) -> str:
     """The traceback without the server's own frames, with the cell's lines."""
     try:
         import linecache
@@ -143,7 +151,7 @@ def _told(error, code, name, longest):
         return type(error).__name__
 
 
-def _cut(text, longest):
+def _cut(text: str, longest: int) -> str:
     """Beginning and end of `text`, at most `longest` characters with the note between."""
     if len(text) <= longest:
         return text
@@ -151,11 +159,11 @@ def _cut(text, longest):
     return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
 
 
-def _clean(text):
+def _clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _exactly(read, size):
+def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
     """`size` bytes from `read(n)`. Raises `EOFError` at the end."""
     pieces = bytearray()
     while len(pieces) < size:
@@ -172,12 +180,12 @@ def _exactly(read, size):
 class Output:
     """One stream of one program: the first and last `longest / 2` bytes, and how many there were."""
 
-    def __init__(self, longest):
+    def __init__(self, longest: int) -> None:
         self.half = longest // 2
         self.head, self.tail = bytearray(), bytearray()
         self.seen = 0
 
-    def add(self, data):
+    def add(self, data: bytes) -> None:
         self.seen += len(data)
         room = self.half - len(self.head)
         if room > 0:
@@ -188,7 +196,7 @@ class Output:
             if len(self.tail) > 2 * self.half:
                 del self.tail[: -self.half]
 
-    def text(self):
+    def text(self) -> tuple[str, int]:
         """(what is kept, bytes left out)."""
         tail = self.tail[-self.half :]
         dropped = self.seen - len(self.head) - len(tail)
@@ -199,18 +207,19 @@ class Output:
 class Program:
     """Something that runs: a cell in the worker or a shell command. Its streams are drained within time and budget."""
 
-    def __init__(self, server, pid, pidfd, reply_link, seconds):
-        self.server, self.pid, self.pidfd, self.link = server, pid, pidfd, reply_link
+    def __init__(self, server: Server, pid: int, pidfd: int, link: socket.socket | None, seconds: float) -> None:
+        self.server, self.pid, self.pidfd, self.link = server, pid, pidfd, link
         self.seconds = seconds
-        self.pipes = {}
+        self.pipes: dict[int, Output] = {}
+        self.streams: list[Output] = []
         self.budget = server.read_bytes
 
-    def follow(self, reads):
+    def follow(self, reads: tuple[int, int]) -> tuple[str | None, dict[str, Any] | None]:
         """Read until the program answers, dies, or runs into a limit. Returns (status or None, its reply or None)."""
         longest = self.server.output_bytes
         self.streams = [Output(longest), Output(longest)]
         poll = select.poll()
-        for fd, stream in zip(reads, self.streams):
+        for fd, stream in zip(reads, self.streams, strict=True):
             os.set_blocking(fd, False)
             self.pipes[fd] = stream
             poll.register(fd, select.POLLIN)
@@ -218,11 +227,13 @@ class Program:
         poll.register(self.server.channel.fileno(), select.POLLRDHUP | select.POLLHUP)
         if self.link is not None:
             poll.register(self.link.fileno(), select.POLLIN)
-        status, stop, answer, buffer = None, time.monotonic() + self.seconds, None, bytearray()
+        status: str | None = None
+        answer: dict[str, Any] | None = None
+        stop, buffer = time.monotonic() + self.seconds, bytearray()
         while answer is None:
             left = stop - time.monotonic()
             events = poll.poll(max(0, int(left * 1000) + 1)) if left > 0 else []
-            for fd, event in events:
+            for fd, _ in events:
                 if fd in self.pipes:
                     if not self._drain(fd):
                         poll.unregister(fd)
@@ -232,11 +243,12 @@ class Program:
                 elif fd == self.pidfd:  # its end is its answer; a cell's worker may have answered before
                     answer = answer or (self.link is not None and self._hear(buffer)) or {}
                 elif answer is None:
-                    answer = self._hear(buffer)
-                    if answer is False:  # closed or talked nonsense: nothing more will come of it
+                    heard = self._hear(buffer)
+                    if heard is False:  # closed or talked nonsense: nothing more will come of it
                         poll.unregister(fd)
-                        answer = None
                         os.kill(self.pid, signal.SIGKILL)
+                    else:
+                        answer = heard
             if self.budget < 0 and status is None:
                 return "output_limit", None
             if answer is None and time.monotonic() >= stop:
@@ -244,12 +256,12 @@ class Program:
                     return "timeout_killed", None
                 status, stop = "timeout_interrupted", time.monotonic() + GRACE
                 self.server.interrupt(self.pid)
-        self._last_words(poll)
+        self._last_words()
         if self.budget < 0:
             return "output_limit", None
         return status, answer
 
-    def _drain(self, fd):
+    def _drain(self, fd: int) -> bool:
         """Read what is there, at most a few chunks so that the clock is looked at. False at the end."""
         for _ in range(16):
             try:
@@ -266,8 +278,9 @@ class Program:
                 return True
         return True
 
-    def _hear(self, buffer):
+    def _hear(self, buffer: bytearray) -> dict[str, Any] | Literal[False] | None:
         """Bytes of the worker's reply: None while incomplete, False where there will be none, else the reply."""
+        assert self.link is not None
         try:
             data = self.link.recv(CHUNK)
         except OSError:
@@ -288,7 +301,7 @@ class Program:
             return False
         return reply if isinstance(reply, dict) else False
 
-    def _last_words(self, poll):
+    def _last_words(self) -> None:
         """What was written before the answer: it stands in the pipes already, unless somebody still holds them."""
         for fd in list(self.pipes):
             while self.pipes.get(fd) is not None and self.budget >= 0:
@@ -298,7 +311,7 @@ class Program:
 
 
 class Server:
-    def __init__(self, channel, options):
+    def __init__(self, channel: socket.socket, options: dict[str, Any]) -> None:
         self.channel = channel
         self.workspace = options.get("workspace", "/workspace")
         self.tmp = options.get("tmp", "/tmp")
@@ -306,8 +319,8 @@ class Server:
         self.read_bytes = int(options.get("read_mb", 64)) << 20
         self.most_seconds = float(options.get("seconds", 10.0))
         self.alone = bool(options.get("alone"))  # nothing else lives in this process namespace
-        self.worker = None  # (pid, pidfd, link)
-        self.snapshots = {}  # name -> (pid, link)
+        self.worker: tuple[int, int, socket.socket] | None = None  # pid, pidfd, link
+        self.snapshots: dict[str, tuple[int, socket.socket]] = {}  # pid, link
         self.cells = 0
         self.environment = {
             "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -318,15 +331,16 @@ class Server:
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
             "MPLBACKEND": "agg",
+            "PYTHONPATH": PACKAGES,
             **options.get("env", {}),
         }
 
     # -- the channel --
 
-    def serve(self):
+    def serve(self) -> NoReturn:
         """Answer requests until the host is gone."""
         self.send({"hello": 1, "python": sys.version.split()[0]})
-        self.start_worker()
+        self.ready_worker()
         while True:
             try:
                 (length,) = LENGTH.unpack(_exactly(self.channel.recv, 4))
@@ -338,40 +352,38 @@ class Server:
                 self.end()
             reply["id"] = request["id"]
             self.send(reply)
-            if self.worker is None:
-                self.start_worker()  # behind the answer
-            reap(self.worker[0])
+            reap(self.ready_worker()[0])  # behind the answer
 
-    def send(self, message):
+    def send(self, message: dict[str, Any]) -> None:
         body = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
         self.channel.sendall(LENGTH.pack(len(body)) + body)
 
-    def answer(self, request):
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         handler = getattr(self, "do_" + str(request.get("op")), None)
         if handler is None:
             return {"refused": "no such operation"}
         try:
-            return handler(request)
+            reply: dict[str, Any] = handler(request)
+            return reply
         except Refused as refusal:
             return {"refused": str(refusal)}
         except OSError as error:
             return {"refused": f"{error.strerror or 'the file system refuses'}"}
 
-    def end(self):
+    def end(self) -> NoReturn:
         """Kill everything that runs here and leave."""
         self.kill_all()
         os._exit(0)
 
     # -- programs --
 
-    def do_ping(self, request):
+    def do_ping(self, request: dict[str, Any]) -> dict[str, Any]:
         return {}
 
-    def do_exec(self, request):
-        if self.worker is None or select.select([self.worker[1]], [], [], 0)[0]:
-            self.drop_worker()
-            self.start_worker()
-        pid, pidfd, link = self.worker
+    def do_exec(self, request: dict[str, Any]) -> dict[str, Any]:
+        if self.worker is not None and select.select([self.worker[1]], [], [], 0)[0]:
+            self.drop_worker()  # it died since its last cell
+        pid, pidfd, link = self.ready_worker()
         reads, writes = self.pipes()
         order = {"id": request["id"], "op": "exec", "code": str(request["code"]), "output": self.output_bytes}
         try:
@@ -397,7 +409,7 @@ class Server:
             out["images"] = images
         return out
 
-    def do_shell(self, request):
+    def do_shell(self, request: dict[str, Any]) -> dict[str, Any]:
         reads, writes = self.pipes()
         null = os.open(os.devnull, os.O_RDONLY)
         pid = os.fork()
@@ -426,23 +438,29 @@ class Server:
             out["status"] = "ok" if code == 0 else "error"
         return out
 
-    def finished(self, program, status):
+    def finished(self, program: Program, status: str | None) -> dict[str, Any]:
         """The part of a reply that every program has."""
         (stdout, more), (stderr, most) = (stream.text() for stream in program.streams)
         return {"status": status, "stdout": stdout, "stderr": stderr, "dropped": more + most, "lost": False}
 
-    def limit(self, request):
+    def limit(self, request: dict[str, Any]) -> float:
         seconds = request.get("seconds")
         return min(float(seconds), self.most_seconds) if isinstance(seconds, (int, float)) else self.most_seconds
 
-    def pipes(self):
+    def pipes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Fresh pipes for stdout and stderr: what an earlier program left running cannot write into them."""
         out, err = os.pipe(), os.pipe()
         return (out[0], err[0]), (out[1], err[1])
 
     # -- workers --
 
-    def start_worker(self):
+    def ready_worker(self) -> tuple[int, int, socket.socket]:
+        """The worker; a fresh one where the last one is gone."""
+        if self.worker is None:
+            self.worker = self.start_worker()
+        return self.worker
+
+    def start_worker(self) -> tuple[int, int, socket.socket]:
         ours, theirs = socket.socketpair()
         null = os.open(os.devnull, os.O_RDWR)
         try:
@@ -452,14 +470,14 @@ class Server:
             pid = os.fork()
         if pid == 0:
             try:
-                self.become_worker(ours, theirs, null)
+                self.become_worker(theirs, null)
             finally:
                 os._exit(1)
         theirs.close()
         os.close(null)
-        self.worker = (pid, os.pidfd_open(pid), ours)
+        return pid, os.pidfd_open(pid), ours
 
-    def become_worker(self, ours, theirs, null):
+    def become_worker(self, theirs: socket.socket, null: int) -> None:
         os.setsid()
         set_dumpable(1)
         try:
@@ -481,7 +499,7 @@ class Server:
             setattr(sys, f"__{name}__", stream)
         run_worker(socket.socket(fileno=3), self.cells)
 
-    def drop_worker(self):
+    def drop_worker(self) -> int | None:
         """End the worker and everything it started. Returns how its process ended, None where that was here."""
         if self.worker is None:
             return None
@@ -493,7 +511,7 @@ class Server:
         os.close(pidfd)
         return code
 
-    def interrupt(self, pid):
+    def interrupt(self, pid: int) -> None:
         for send in (os.killpg, os.kill):
             try:
                 send(pid, signal.SIGINT)
@@ -502,7 +520,7 @@ class Server:
             else:
                 return
 
-    def kill_all(self, spare=()):
+    def kill_all(self, spare: Sequence[int] = ()) -> None:
         """Kill every process of the session, those in `spare` apart."""
         if self.alone and not spare:
             for _ in range(100):
@@ -517,7 +535,7 @@ class Server:
         else:
             self.kill_tree(os.getpid(), spare, root=False)
 
-    def kill_tree(self, top, spare=(), root=True):
+    def kill_tree(self, top: int, spare: Sequence[int] = (), root: bool = True) -> None:
         """Kill `top` (where `root`) and its descendants. Orphans come to us, so none is ever out of sight."""
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
@@ -537,7 +555,7 @@ class Server:
 
     # -- files --
 
-    def place(self, path, *, make=False):
+    def place(self, path: object, *, make: bool = False) -> tuple[int, str]:
         """(folder's fd, last name) of a path in the workspace, with no link followed on the way."""
         if not isinstance(path, str) or "\0" in path:
             raise Refused("a path is text without NUL")
@@ -562,7 +580,7 @@ class Server:
             raise Refused(f"{path}: {error.strerror}") from None
         return folder, parts[-1]
 
-    def do_read(self, request):
+    def do_read(self, request: dict[str, Any]) -> dict[str, Any]:
         folder, name = self.place(request["path"])
         try:
             fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
@@ -579,7 +597,7 @@ class Server:
         finally:
             os.close(fd)
 
-    def do_write(self, request):
+    def do_write(self, request: dict[str, Any]) -> dict[str, Any]:
         folder, name = self.place(request["path"], make=True)
         draft = ".agentrl-" + name[:200]
         try:
@@ -605,8 +623,8 @@ class Server:
         finally:
             os.close(folder)
 
-    def do_files(self, request):
-        found = {}
+    def do_files(self, request: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, int] = {}
         for folder, inner, names, fd in os.fwalk(self.workspace):
             inner.sort()
             for name in sorted(names):
@@ -622,7 +640,7 @@ class Server:
 
     # -- starting over, and going back --
 
-    def do_reset(self, request):
+    def do_reset(self, request: dict[str, Any]) -> dict[str, Any]:
         self.drop_worker()
         self.kill_all()
         for _, link in self.snapshots.values():
@@ -632,15 +650,13 @@ class Server:
         empty(self.tmp)
         empty(self.workspace)
         self.cells = 0
-        self.start_worker()
+        self.ready_worker()
         return {}
 
-    def do_snapshot(self, request):
+    def do_snapshot(self, request: dict[str, Any]) -> dict[str, Any]:
         name = str(request["name"])
-        if self.worker is None:
-            self.start_worker()
         ours, theirs = socket.socketpair()
-        worker = self.worker[2]
+        worker = self.ready_worker()[2]
         tell(worker, {"id": request["id"], "op": "freeze"}, [theirs.fileno()])
         theirs.close()
         worker.settimeout(self.most_seconds)
@@ -660,11 +676,11 @@ class Server:
         copy_tree(self.workspace, self.kept(name))
         return {}
 
-    def do_restore(self, request):
+    def do_restore(self, request: dict[str, Any]) -> dict[str, Any]:
         name = str(request["name"])
         if name not in self.snapshots:
             raise Refused("this snapshot is gone: a program was killed, or the sandbox was reset")
-        pid, link = self.snapshots[name]
+        _, link = self.snapshots[name]
         self.drop_worker()
         ours, theirs = socket.socketpair()
         try:
@@ -681,30 +697,30 @@ class Server:
         copy_tree(self.kept(name), self.workspace)
         return {}
 
-    def kept(self, name):
+    def kept(self, name: str) -> str:
         return os.path.join(self.tmp, ".agentrl-" + "".join(c for c in name if c.isalnum()))
 
 
-def tell(link, order, fds):
+def tell(link: socket.socket, order: dict[str, Any], fds: Sequence[int]) -> None:
     """Send a worker an order, with fds."""
     body = json.dumps(order).encode()
     socket.send_fds(link, [LENGTH.pack(len(body))], fds)
     link.sendall(body)
 
 
-def close_all(fds):
+def close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         os.close(fd)
 
 
-def to_program(null, outputs):
+def to_program(null: int, outputs: tuple[int, int]) -> None:
     """fds 0, 1 and 2 of a process that is to run somebody's code."""
     os.dup2(null, 0)
     os.dup2(outputs[0], 1)
     os.dup2(outputs[1], 2)
 
 
-def wait_for(pid):
+def wait_for(pid: int) -> int | None:
     """Reap `pid`, which is dead or dying; its exit code, negative for a signal, None where somebody else reaped it."""
     try:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -712,7 +728,7 @@ def wait_for(pid):
         return None
 
 
-def reap(but=0):
+def reap(but: int = 0) -> bool:
     """Collect the dead, except the child `but`. True while there are living children."""
     try:
         while True:
@@ -724,9 +740,9 @@ def reap(but=0):
         return False
 
 
-def descendants(top):
+def descendants(top: int) -> list[int]:
     """Pids of everything below `top`, zombies left out."""
-    children = {}
+    children: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
             try:
@@ -742,7 +758,7 @@ def descendants(top):
     return found
 
 
-def empty(folder):
+def empty(folder: str) -> None:
     """Remove what is in `folder`, without following links, whatever its permissions are."""
     with os.scandir(folder) as entries:
         for entry in list(entries):
@@ -757,7 +773,7 @@ def empty(folder):
                 pass
 
 
-def copy_tree(source, target):
+def copy_tree(source: str, target: str) -> None:
     """Make `target` a copy of `source`. Raises `Refused` where there is no room."""
     import shutil
 
@@ -769,7 +785,7 @@ def copy_tree(source, target):
         raise Refused("the workspace cannot be copied: there is no room for a second one") from None
 
 
-def set_dumpable(value):
+def set_dumpable(value: int) -> None:
     """Whether processes of our uid may look into this one (/proc/PID/mem, ptrace)."""
     import ctypes
 
@@ -779,16 +795,17 @@ def set_dumpable(value):
         libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
-def packages():
+def packages() -> Iterator[str]:
     """Where installed packages may lie: what `site` would find, without the time that it takes."""
     version = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     for top in dict.fromkeys((sys.prefix, "/usr/local")):
         yield f"{top}/lib/{version}/site-packages"
         yield f"{top}/lib/{version}/dist-packages"
     yield "/usr/lib/python3/dist-packages"
+    yield PACKAGES
 
 
-def main():
+def main() -> None:
     how, where, text = sys.argv[1:4]
     options = json.loads(text)
     if how == "--fd":

@@ -197,7 +197,8 @@ class Session:
 
     def _result(self, reply: Mapping[str, Any], seconds: float) -> Result:
         """A program's reply, every field checked. Raises `_Garbage`."""
-        status, code, dropped = reply.get("status"), reply.get("exit_code"), reply.get("dropped")
+        status: Status = reply.get("status", "protocol")
+        code, dropped = reply.get("exit_code"), reply.get("dropped")
         texts = [reply.get(name) for name in ("stdout", "stderr", "value", "error")]
         if status not in _STATUSES or not all(text is None or isinstance(text, str) for text in texts):
             raise _Garbage("a reply with fields of the wrong type")
@@ -285,7 +286,7 @@ class Session:
     # -- the channel ---------------------------------------------------------------------------
 
     async def _chore(self, request: dict[str, Any]) -> dict[str, Any]:
-        """A request that runs no program. Raises `PathError` where the server refuses, `InfraError` where it is gone."""
+        """A request that runs no program. Raises `PathError` where it is refused, `InfraError` where nobody answers."""
         try:
             reply = await self._ask(request, CHORE)
         except (_Gone, _Garbage) as error:

@@ -74,7 +74,7 @@ class UnsafeLocalBackend:
             "rlimits": {"RLIMIT_NOFILE": limits.open_files},
         }
         with theirs:
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220  it takes a few milliseconds
                 [sys.executable, "-I", "-S", "-E", str(SERVER), "--fd", str(theirs.fileno()), json.dumps(options)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -114,5 +114,3 @@ class _Process:
             os.kill(self._process.pid, signal.SIGKILL)
             await asyncio.to_thread(self._process.wait)
         await asyncio.to_thread(shutil.rmtree, self._folder, ignore_errors=True)
-
-

@@ -1,0 +1,299 @@
+"""Docker: a container per sandbox, without network, rights or a writable root.
+
+No work goes through `docker exec`, which costs some sixty milliseconds a time: the host listens on a unix socket in a
+folder of the sandbox's own, mounted read-only, and the session server inside connects out. The folder goes away as soon
+as it has. Containers carry their owner's name, so that the next process removes what a dead one left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from agentrl.errors import InfraError, UsageError
+from agentrl.sandbox import Enforcement, LimitName, Limits
+from agentrl.sandboxes import seccomp
+from agentrl.sandboxes.images import IMAGE
+from agentrl.sandboxes.names import fresh_name, orphaned
+from agentrl.sandboxes.session import Session
+
+SERVER = Path(__file__).with_name("server.py")
+LABEL = "agentrl.sandbox"
+_INSIDE = "/run/agentrl"
+CONNECT_SECONDS = 30.0
+STARTERS = 16  # threads that talk to the daemon
+T = TypeVar("T")
+
+
+class DockerBackend:
+    """Opens sandboxes as containers of the Docker daemon that the environment names.
+
+    Args:
+        image: what `agentrl sandbox build` made, or any image with python3 and a uid 1000.
+        runtime: an OCI runtime that the daemon knows, such as runsc (gVisor); None is the daemon's own.
+        preload: modules that every session has imported before its first program.
+    """
+
+    name = "docker"
+
+    def __init__(self, image: str = IMAGE, runtime: str | None = None, preload: tuple[str, ...] = ()) -> None:
+        self.image = image
+        self.runtime = runtime
+        self.preload = preload
+        self._threads = ThreadPoolExecutor(STARTERS, "docker")
+        self._client: Any = None
+        self._info: dict[str, Any] = {}
+        self._open: set[Session] = set()
+
+    async def missing(self) -> str | None:
+        try:
+            await self._call(self._check)
+        except (UsageError, InfraError) as error:
+            return str(error)
+        return None
+
+    async def enforcement(self, limits: Limits) -> Enforcement:
+        await self._call(self._check)
+        missing: dict[LimitName, str] = {}
+        for name, key in (("memory", "MemoryLimit"), ("processes", "PidsLimit"), ("cpu", "CpuCfsQuota")):
+            if not self._info.get(key):
+                missing[name] = f"the Docker daemon says that it cannot limit this ({key})"  # type: ignore[index]
+        if not any("seccomp" in option for option in self._info.get("SecurityOptions") or ()):
+            missing["syscalls"] = "the Docker daemon was built without seccomp"
+        return Enforcement(MappingProxyType(missing))
+
+    async def open(self, limits: Limits) -> Session:
+        enforcement = await self.enforcement(limits)
+        if limits.strict and enforcement.missing:
+            name, why = next(iter(enforcement.missing.items()))
+            raise UsageError(f"docker does not enforce the limit on {name}: {why}; set strict: false to do without")
+        loop = asyncio.get_running_loop()
+        door = _Door()
+        box = Container(fresh_name(), enforcement, self._client, self._threads, door)
+        try:
+            starting = loop.run_in_executor(self._threads, self._start, box, limits)
+            connection = await door.accept(starting)
+        except BaseException as error:
+            await asyncio.shield(box.destroy())
+            if isinstance(error, TimeoutError):
+                raise InfraError(f"the container {box.name} did not connect within {CONNECT_SECONDS:g} s") from error
+            raise
+        session = await Session.start(connection, box, limits)
+        self._open = {other for other in self._open if other.alive} | {session}
+        return session
+
+    async def reap(self) -> int:
+        return await self._call(self._reap)
+
+    async def close(self) -> None:
+        await asyncio.gather(*(session.close() for session in self._open))
+        self._open.clear()
+
+    # -- in the threads ----------------------------------------------------------------------------
+
+    async def _call(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def _check(self) -> None:
+        """Connect, and see that the image is there. Raises `UsageError`, or `InfraError` for a daemon that is gone."""
+        if self._client is None:
+            self._client, self._info = _connect(self.image, self.runtime)
+
+    def _start(self, box: Container, limits: Limits) -> None:
+        import docker
+
+        options = {
+            "seconds": limits.seconds,
+            "output_bytes": limits.output_bytes,
+            "read_mb": limits.read_mb,
+            "preload": self.preload,
+            "alone": True,
+        }
+        disk = f"size={limits.disk_mb}m,nr_inodes={limits.inodes},uid=1000,gid=1000,mode=0700,nosuid,nodev,exec"
+        Ulimit, Mount = docker.types.Ulimit, docker.types.Mount
+        try:
+            made = self._client.containers.create(
+                self.image,
+                [
+                    "python3",
+                    "-I",
+                    "-S",
+                    "-E",
+                    f"{_INSIDE}/server.py",
+                    "--connect",
+                    f"{_INSIDE}/door",
+                    json.dumps(options),
+                ],
+                name=box.name,
+                labels={LABEL: box.name},
+                mounts=[Mount(_INSIDE, str(box.door.folder), type="bind", read_only=True)],
+                tmpfs={"/workspace": disk, "/tmp": disk},
+                user="1000:1000",
+                working_dir="/workspace",
+                environment={"PYTHONPATH": "", "HOME": "/workspace"},
+                network_mode="none",
+                read_only=True,
+                mem_limit=limits.memory_mb << 20,
+                memswap_limit=limits.memory_mb << 20,
+                pids_limit=limits.processes,
+                nano_cpus=round(limits.cpus * 1e9),
+                cap_drop=["ALL"],
+                security_opt=["no-new-privileges", f"seccomp={seccomp.docker_profile()}"],
+                ulimits=[
+                    Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
+                    Ulimit(name="core", soft=0, hard=0),
+                ],
+                ipc_mode="private",
+                shm_size=16 << 20,
+                log_config=docker.types.LogConfig(type="none"),
+                init=True,
+                runtime=self.runtime,
+                detach=True,
+            )
+            box.container = made
+            made.start()
+        except docker.errors.ImageNotFound as error:
+            raise UsageError(_no_image(self.image)) from error
+        except docker.errors.APIError as error:
+            raise InfraError(f"Docker did not start a sandbox: {error.explanation or error}") from error
+        except OSError as error:  # requests' errors are OSErrors: the daemon is gone
+            raise InfraError(f"the Docker daemon does not answer: {error}") from error
+
+    def _reap(self) -> int:
+        self._check()
+        count = 0
+        for found in self._client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True):
+            if orphaned(found.labels.get(LABEL, "")):
+                with contextlib.suppress(Exception):  # somebody else may be removing it just now
+                    found.remove(force=True)
+                    count += 1
+        return count
+
+
+class Container:
+    """One container and the folder of its socket."""
+
+    def __init__(
+        self, name: str, enforcement: Enforcement, client: Any, threads: ThreadPoolExecutor, door: _Door
+    ) -> None:
+        self.name = name
+        self.enforcement = enforcement
+        self.container: Any = None
+        self.door = door
+        self._client = client
+        self._threads = threads
+        self._kills = 0
+
+    def hit(self) -> tuple[LimitName, ...]:
+        """Whether the kernel killed something in there for want of memory, as far as this machine's groups tell."""
+        for file in _memory_files(self.container.id if self.container is not None else ""):
+            with contextlib.suppress(OSError, ValueError):
+                words = dict(line.split(None, 1) for line in file.read_text().splitlines() if " " in line)
+                before, self._kills = self._kills, int(words.get("oom_kill", "0"))
+                return ("memory",) if self._kills > before else ()
+        return ()
+
+    async def destroy(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._threads, self._destroy)
+
+    def _destroy(self) -> None:
+        self.door.remove()
+        if self.container is not None:
+            try:
+                self.container.remove(force=True)
+            except Exception as error:  # gone already, or the daemon is: the reaper looks again
+                if "No such container" not in str(error) and "already in progress" not in str(error):
+                    raise InfraError(f"the container {self.name} could not be removed: {error}") from error
+
+
+class _Door:
+    """A unix socket in a folder of its own, for one connection."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="agentrl-"))
+        self.folder.chmod(0o755)
+        path = self.folder / "door"
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.bind(str(path))
+        path.chmod(0o666)
+        self._socket.listen(1)
+        self._socket.setblocking(False)
+        shutil.copyfile(SERVER, self.folder / "server.py")
+
+    async def accept(self, starting: asyncio.Future[Any]) -> socket.socket:
+        """The server's connection; raises what `starting` raises, or `TimeoutError`. The folder goes."""
+        loop = asyncio.get_running_loop()
+        accepting: asyncio.Future[Any] = asyncio.ensure_future(loop.sock_accept(self._socket))
+        try:
+            done, _ = await asyncio.wait({accepting, starting}, timeout=CONNECT_SECONDS, return_when="FIRST_COMPLETED")
+            if starting in done:
+                starting.result()
+            await asyncio.wait_for(asyncio.shield(accepting), CONNECT_SECONDS)
+            await starting
+            connection: socket.socket = accepting.result()[0]
+            return connection
+        finally:
+            accepting.cancel()
+            await asyncio.wait({starting})  # its thread still uses the folder
+            self.remove()
+
+    def remove(self) -> None:
+        self._socket.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _connect(image: str, runtime: str | None) -> tuple[Any, dict[str, Any]]:
+    """A client, and what the daemon says of itself. Raises `UsageError`, each in one sentence."""
+    try:
+        import docker
+    except ImportError as error:
+        raise UsageError('the docker backend needs the SDK: pip install "agentrl-framework[sandbox]"') from error
+    host = os.environ.get("DOCKER_HOST", "")
+    if host and not host.startswith("unix://"):
+        raise UsageError(
+            f"DOCKER_HOST is {host}: sandboxes talk over a unix socket, which a daemon elsewhere cannot mount; "
+            "run the rollouts on that machine, or use bubblewrap"
+        )
+    try:
+        client = docker.from_env(timeout=60, max_pool_size=STARTERS)
+        client.ping()
+    except docker.errors.DockerException as error:
+        if "Permission denied" in str(error):
+            raise UsageError(
+                "no permission on the Docker socket: add yourself to the group docker (sudo usermod -aG docker $USER, "
+                "then log in again), or use bubblewrap"
+            ) from error
+        raise UsageError("no Docker daemon answers: start it (systemctl start docker), or use bubblewrap") from error
+    info = client.info()
+    if runtime is not None and runtime not in info.get("Runtimes", {}):
+        raise UsageError(f"the Docker daemon has no runtime {runtime!r}; it has {', '.join(info.get('Runtimes', {}))}")
+    try:
+        client.images.get(image)
+    except docker.errors.ImageNotFound as error:
+        raise UsageError(_no_image(image)) from error
+    return client, info
+
+
+def _no_image(image: str) -> str:
+    how = "agentrl sandbox build (add --from-debian without a registry)" if image == IMAGE else f"docker pull {image}"
+    return f"there is no image {image!r} here; make it with: {how}"
+
+
+def _memory_files(id: str) -> list[Path]:
+    """Where the kernel counts a container's out-of-memory kills, in versions 1 and 2 of control groups."""
+    top = Path("/sys/fs/cgroup")
+    return [
+        top / "memory" / "docker" / id / "memory.oom_control",
+        top / "system.slice" / f"docker-{id}.scope" / "memory.events",
+        top / "docker" / id / "memory.events",
+    ] if id else []  # fmt: skip
