@@ -46,6 +46,8 @@ wait4 waitid waitpid write writev
 FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
 NAMESPACES = 0x7E020000  # every CLONE_NEW* flag
 PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
+FILES = (0o010000, 0o100000, 0o140000)  # mknod makes pipes, files and sockets, never devices
+FILE_TYPE = 0o170000
 _ARCHITECTURES = {"x86_64": "SCMP_ARCH_X86_64", "aarch64": "SCMP_ARCH_AARCH64"}
 
 
@@ -55,13 +57,15 @@ def docker_profile() -> str:
     def rule(names: list[str], action: str = "SCMP_ACT_ALLOW", **more: Any) -> dict[str, Any]:
         return {"names": names, "action": action, **more}
 
-    def first(value: int, op: str = "SCMP_CMP_EQ", two: int = 0) -> list[dict[str, Any]]:
-        return [{"index": 0, "value": value, "valueTwo": two, "op": op}]
+    def first(value: int, op: str = "SCMP_CMP_EQ", two: int = 0, index: int = 0) -> list[dict[str, Any]]:
+        return [{"index": index, "value": value, "valueTwo": two, "op": op}]
 
     rules = [rule(ALLOWED), rule(["clone3"], "SCMP_ACT_ERRNO", errnoRet=errno.ENOSYS)]
     rules += [rule(["socket", "socketpair"], args=first(family)) for family in FAMILIES]
     rules += [rule(["personality"], args=first(value)) for value in PERSONALITIES]
     rules.append(rule(["clone"], args=first(NAMESPACES, "SCMP_CMP_MASKED_EQ")))
+    for name, index in (("mknod", 1), ("mknodat", 2)):
+        rules += [rule([name], args=first(FILE_TYPE, "SCMP_CMP_MASKED_EQ", kind, index)) for kind in FILES]
     machine = _ARCHITECTURES.get(os.uname().machine)
     profile = {"defaultAction": "SCMP_ACT_ERRNO", "defaultErrnoRet": errno.EPERM, "syscalls": rules}
     return json.dumps(profile | ({"architectures": [machine]} if machine else {}))
@@ -85,6 +89,9 @@ def bpf() -> bytes:
             made.add_rule(seccomp.ALLOW, name, seccomp.Arg(0, seccomp.EQ, family))
     for value in PERSONALITIES:
         made.add_rule(seccomp.ALLOW, "personality", seccomp.Arg(0, seccomp.EQ, value))
+    for name, index in (("mknod", 1), ("mknodat", 2)):
+        for kind in FILES:
+            made.add_rule(seccomp.ALLOW, name, seccomp.Arg(index, seccomp.MASKED_EQ, FILE_TYPE, kind))
     made.add_rule(seccomp.ALLOW, "clone", seccomp.Arg(0, seccomp.MASKED_EQ, NAMESPACES, 0))
     made.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
     with open(os.memfd_create("seccomp"), "r+b") as file:  # noqa: PTH123
