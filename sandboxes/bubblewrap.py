@@ -149,7 +149,7 @@ class BubblewrapBackend:
         if "syscalls" not in enforcement.missing:
             fds.append(self._filter_fd())
             words += ["--seccomp", str(fds[-1])]
-        words += ["--chdir", "/workspace", "--", self._python(), "-I", "-S", "-E", "/run/server.py"]
+        words += ["--as-pid-1", "--chdir", "/workspace", "--", self._python(), "-I", "-S", "-E", "/run/server.py"]
         words += ["--fd", str(channel.fileno()), json.dumps(server)]
         try:
             process = subprocess.Popen(
@@ -293,18 +293,30 @@ def _missing() -> str | None:
 @cache
 def _mount_points() -> tuple[Path, Path]:
     """Two empty folders over which each sandbox mounts its own, unseen by all others."""
-    top = Path("/run/agentrl") if os.access("/run", os.W_OK) else Path(tempfile.gettempdir(), "agentrl-0")
-    folders = top / "workspace", top / "tmp"
+    folders = _place() / "workspace", _place() / "tmp"
     for folder in folders:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        folder.mkdir(exist_ok=True, mode=0o755)
     return folders
 
 
 @cache
 def _etc() -> Path:
     """A folder with the few files of /etc that programs expect, for a sandbox that shares this machine's /usr."""
-    folder = Path(tempfile.mkdtemp(prefix="agentrl-etc-"))
-    folder.chmod(0o755)
+    folder = _place() / "etc"
+    folder.mkdir(exist_ok=True, mode=0o755)
     for name, text in _ETC.items():
-        (folder / name).write_text(text)
+        draft = folder.with_name(f"{name}.{os.getpid()}")
+        draft.write_text(text)
+        draft.replace(folder / name)
     return folder
+
+
+def _place() -> Path:
+    """Where this user's sandboxes find what they share: it is the same for all processes, so nothing is left behind."""
+    for top in (os.environ.get("XDG_RUNTIME_DIR") if os.geteuid() else "/run", tempfile.gettempdir()):
+        if top and os.access(top, os.W_OK):
+            folder = Path(top, "agentrl" if top == "/run" else f"agentrl-of-{os.geteuid()}")
+            folder.mkdir(exist_ok=True, mode=0o755)
+            if folder.stat().st_uid == os.geteuid():
+                return folder
+    raise InfraError(f"no folder can be made in {tempfile.gettempdir()}; set TMPDIR to one that can be written")

@@ -110,6 +110,7 @@ class DockerBackend:
             self._client, self._info = _connect(self.image, self.runtime)
 
     def _start(self, box: Container, limits: Limits) -> None:
+        """Create and start, in two requests: what the SDK's objects would ask besides is not needed."""
         import docker
 
         options = {
@@ -119,55 +120,53 @@ class DockerBackend:
             "preload": self.preload,
             "alone": True,
         }
-        disk = f"size={limits.disk_mb}m,nr_inodes={limits.inodes},uid=1000,gid=1000,mode=0700,nosuid,nodev,exec"
-        Ulimit, Mount = docker.types.Ulimit, docker.types.Mount
+        command = ["python3", "-I", "-S", "-E", f"{_INSIDE}/server.py", "--connect", f"{_INSIDE}/door"]
+        api = self._client.api
         try:
-            made = self._client.containers.create(
+            made = api.create_container(
                 self.image,
-                [
-                    "python3",
-                    "-I",
-                    "-S",
-                    "-E",
-                    f"{_INSIDE}/server.py",
-                    "--connect",
-                    f"{_INSIDE}/door",
-                    json.dumps(options),
-                ],
+                [*command, json.dumps(options)],
                 name=box.name,
                 labels={LABEL: box.name},
-                mounts=[Mount(_INSIDE, str(box.door.folder), type="bind", read_only=True)],
-                tmpfs={"/workspace": disk, "/tmp": disk},
                 user="1000:1000",
                 working_dir="/workspace",
                 environment={"PYTHONPATH": "", "HOME": "/workspace"},
-                network_mode="none",
-                read_only=True,
-                mem_limit=limits.memory_mb << 20,
-                memswap_limit=limits.memory_mb << 20,
-                pids_limit=limits.processes,
-                nano_cpus=round(limits.cpus * 1e9),
-                cap_drop=["ALL"],
-                security_opt=["no-new-privileges", f"seccomp={seccomp.docker_profile()}"],
-                ulimits=[
-                    Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
-                    Ulimit(name="core", soft=0, hard=0),
-                ],
-                ipc_mode="private",
-                shm_size=16 << 20,
-                log_config=docker.types.LogConfig(type="none"),
-                init=True,
-                runtime=self.runtime,
-                detach=True,
+                host_config=self._walls(box, limits),
             )
-            box.container = made
-            made.start()
+            box.id = made["Id"]
+            api.start(box.id)
         except docker.errors.ImageNotFound as error:
             raise UsageError(_no_image(self.image)) from error
         except docker.errors.APIError as error:
             raise InfraError(f"Docker did not start a sandbox: {error.explanation or error}") from error
         except OSError as error:  # requests' errors are OSErrors: the daemon is gone
             raise InfraError(f"the Docker daemon does not answer: {error}") from error
+
+    def _walls(self, box: Container, limits: Limits) -> Any:
+        import docker
+
+        disk = f"size={limits.disk_mb}m,nr_inodes={limits.inodes},uid=1000,gid=1000,mode=0700,nosuid,nodev,exec"
+        Ulimit, Mount = docker.types.Ulimit, docker.types.Mount
+        return self._client.api.create_host_config(
+            mounts=[Mount(_INSIDE, str(box.door.folder), type="bind", read_only=True)],
+            tmpfs={"/workspace": disk, "/tmp": disk},
+            network_mode="none",
+            read_only=True,
+            mem_limit=limits.memory_mb << 20,
+            memswap_limit=limits.memory_mb << 20,
+            pids_limit=limits.processes,
+            nano_cpus=round(limits.cpus * 1e9),
+            cap_drop=["ALL"],
+            security_opt=["no-new-privileges", f"seccomp={seccomp.docker_profile()}"],
+            ulimits=[
+                Ulimit(name="nofile", soft=limits.open_files, hard=limits.open_files),
+                Ulimit(name="core", soft=0, hard=0),
+            ],
+            ipc_mode="private",
+            shm_size=16 << 20,
+            log_config=docker.types.LogConfig(type="none"),
+            runtime=self.runtime,
+        )
 
     def _reap(self) -> int:
         self._check()
@@ -188,7 +187,7 @@ class Container:
     ) -> None:
         self.name = name
         self.enforcement = enforcement
-        self.container: Any = None
+        self.id = ""
         self.door = door
         self._client = client
         self._threads = threads
@@ -196,7 +195,7 @@ class Container:
 
     def hit(self) -> tuple[LimitName, ...]:
         """Whether the kernel killed something in there for want of memory, as far as this machine's groups tell."""
-        for file in _memory_files(self.container.id if self.container is not None else ""):
+        for file in _memory_files(self.id):
             with contextlib.suppress(OSError, ValueError):
                 words = dict(line.split(None, 1) for line in file.read_text().splitlines() if " " in line)
                 before, self._kills = self._kills, int(words.get("oom_kill", "0"))
@@ -208,9 +207,9 @@ class Container:
 
     def _destroy(self) -> None:
         self.door.remove()
-        if self.container is not None:
+        if self.id:
             try:
-                self.container.remove(force=True)
+                self._client.api.remove_container(self.id, v=True, force=True)
             except Exception as error:  # gone already, or the daemon is: the reaper looks again
                 if "No such container" not in str(error) and "already in progress" not in str(error):
                     raise InfraError(f"the container {self.name} could not be removed: {error}") from error

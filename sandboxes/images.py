@@ -29,6 +29,7 @@ REGISTRY_BASE = "python:3.12-slim"
 SUITE = "bookworm"
 MIRROR = "http://deb.debian.org/debian"
 LABEL = "agentrl.recipe"
+RECIPE = 1  # raise it where what this file does to a base changes
 PACKAGES = "opt/agentrl/packages"
 _HERE = Path(__file__).parent
 REQUIREMENTS = _HERE / "requirements.txt"
@@ -271,7 +272,7 @@ def _recipe(from_debian: bool) -> str:
         REQUIREMENTS.read_bytes(),
         Path(__file__).read_bytes(),
     ]
-    base = f"{SUITE if from_debian else REGISTRY_BASE} {os.uname().machine}".encode()
+    base = f"{RECIPE} {SUITE if from_debian else REGISTRY_BASE} {os.uname().machine}".encode()
     return hashlib.sha256(json.dumps([part.decode() for part in (*parts, base)]).encode()).hexdigest()[:12]
 
 

@@ -4,8 +4,9 @@
 
 A *supervisor* holds the channel to the host and never runs anybody's code. It forks *workers*: a worker keeps one
 persistent namespace and runs the cells it is sent; a shell command is a process of its own. Programs have the
-supervisor's uid, so they may kill it (the host then sees the channel close) but they cannot read it, and nothing they
-do makes it wait for ever or grow: it reads their pipes with a clock and a budget, and checks what it reads.
+supervisor's uid. Where it is process 1 of its namespace they cannot kill it; elsewhere they can, and the host sees the
+channel close. They can never read it, and nothing they do makes it wait for ever or grow: it reads their pipes with a
+clock and a budget, and checks what it reads.
 
 Frames on the channel: 4-byte big-endian length, then a JSON object; see `sandboxes/session.py`.
 """
@@ -33,6 +34,7 @@ GRACE = 0.5  # seconds between SIGINT and SIGKILL
 LENGTH = struct.Struct("!I")
 MOST_REPLY = 4 << 20  # bytes of a worker's reply that are believed
 MOST_FRAME = 8 << 20  # bytes of a host's frame
+REAP_MS = 100  # how often the dead are collected while a program runs: they count as processes
 MOST_FILES = 4096  # listed at once
 CHUNK = 1 << 16
 PACKAGES = "/opt/agentrl/packages"  # where the image has its own
@@ -232,7 +234,7 @@ class Program:
         stop, buffer = time.monotonic() + self.seconds, bytearray()
         while answer is None:
             left = stop - time.monotonic()
-            events = poll.poll(max(0, int(left * 1000) + 1)) if left > 0 else []
+            events = poll.poll(min(int(left * 1000) + 1, REAP_MS)) if left > 0 else []
             for fd, _ in events:
                 if fd in self.pipes:
                     if not self._drain(fd):
@@ -256,6 +258,7 @@ class Program:
                     return "timeout_killed", None
                 status, stop = "timeout_interrupted", time.monotonic() + GRACE
                 self.server.interrupt(self.pid)
+            reap(self.pid)
         self._last_words()
         if self.budget < 0:
             return "output_limit", None

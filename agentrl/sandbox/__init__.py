@@ -68,7 +68,9 @@ class Enforcement:
 
     @property
     def level(self) -> Literal["full", "reduced", "none"]:
-        return "full" if not self.missing else "none" if len(self.missing) >= len(LIMITS) - 2 else "reduced"
+if not self.missing:
+            return "full"
+        return "none" if "network" in self.missing else "reduced"  # what has the network is no wall
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@ A program runs in a fresh sandbox. Whatever it does, the call returns with one o
 answers correctly or is dead and can be replaced, and nothing is left on the host.
 """
 
+# ruff: noqa: E501 - programs are quoted whole
+
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -149,8 +151,12 @@ LISTED = [
         OK,
         forbidden="ESCAPED",
     ),
-    Attack("ptrace", _tries("call(101, 16, os.getppid(), 0, 0)", "call(310, os.getppid(), 0, 0, 0, 0, 0)"), OK,
-           forbidden="ESCAPED"),  # fmt: skip
+    Attack(
+        "ptrace",
+        _tries("call(101, 16, os.getppid(), 0, 0)", "call(310, os.getppid(), 0, 0, 0, 0, 0)"),
+        OK,
+        forbidden="ESCAPED",
+    ),
     Attack(
         "write_outside",
         "for f in ('/etc/x', '/usr/x', '/x', '/run/x', '/run/server.py', '/run/agentrl/server.py', '/dev/x', '/proc/sys/kernel/core_pattern',\n"
@@ -243,8 +249,14 @@ LISTED = [
         ANY,
     ),
     Attack("read_stdin", "input()", ERROR),
-    Attack("kill_the_parent", "import os, signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(5)", DIED),
-    Attack("kill_everybody", "import os, signal\nos.kill(-1, signal.SIGKILL)\nimport time; time.sleep(5)", DIED | STOPPED),
+    Attack(
+        "kill_the_parent",
+        "import os, signal; os.kill(os.getppid(), signal.SIGKILL); import time; time.sleep(5)",
+        STOPPED | DIED,
+    ),
+    Attack(
+        "kill_everybody", "import os, signal\nos.kill(-1, signal.SIGKILL)\nimport time; time.sleep(5)", DIED | STOPPED
+    ),
     Attack("kill_process_1", "kill -9 1; echo still here", SAID | DIED, shell=True),
     Attack(
         "many_fds",
@@ -263,7 +275,11 @@ LISTED = [
 ]
 
 OWN = [
-    Attack("stop_the_supervisor", "import os, signal, time\nos.kill(os.getppid(), signal.SIGSTOP); time.sleep(60)", DIED),
+    Attack(
+        "stop_the_supervisor",
+        "import os, signal, time\nos.kill(os.getppid(), signal.SIGSTOP); time.sleep(60)",
+        STOPPED | DIED,
+    ),
     Attack(
         "starve_the_supervisor",
         "import os, resource, time\nresource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))\n"
@@ -290,10 +306,18 @@ OWN = [
         "import os\nfd = os.memfd_create('x')\nwhile True: os.write(fd, bytes(1 << 20))",
         DIED | ERROR | STOPPED,
     ),
-    Attack("pipe_fill", "import os\nkept = []\nwhile True:\n    r, w = os.pipe(); os.set_blocking(w, False); kept += [r, w]\n"
-           "    os.write(w, bytes(65536))", ERROR | DIED),  # fmt: skip
-    Attack("deep_folders", "import os\ntry:\n    for _ in range(5000): os.mkdir('d'); os.chdir('d')\nexcept OSError: print('refused')",
-           OK, expected="refused"),  # fmt: skip
+    Attack(
+        "pipe_fill",
+        "import os\nkept = []\nwhile True:\n    r, w = os.pipe(); os.set_blocking(w, False); kept += [r, w]\n"
+        "    os.write(w, bytes(65536))",
+        ERROR | DIED,
+    ),
+    Attack(
+        "deep_folders",
+        "import os\ntry:\n    for _ in range(5000): os.mkdir('d'); os.chdir('d')\nexcept OSError: print('refused')",
+        OK,
+        expected="refused",
+    ),
     Attack("unreadable_folders", "mkdir -p a/b && touch a/b/c && chmod 000 a/b a", OK, shell=True),
     Attack(
         "interrupt_storm",
@@ -303,7 +327,11 @@ OWN = [
         STOPPED | DIED | ERROR,
     ),
     Attack("fifo_in_the_workspace", "import os\nos.mkfifo('pipe'); os.mkfifo('in.txt')", OK),
-    Attack("newline_file_names", "open('a\\nb', 'w').close(); open('\\udcff', 'w').close(); open('x' * 255, 'w').close()", SAID),
+    Attack(
+        "newline_file_names",
+        "open('a\\nb', 'w').close(); open('\\udcff', 'w').close(); open('x' * 255, 'w').close()",
+        SAID,
+    ),
     Attack("terminal_codes", "print('\\x1b]0;title\\x07\\x1b[2J\\x9b31m')", OK),
     Attack("error_bomb", "class E(Exception):\n    def __str__(self): return 'x' * (100 << 20)\nraise E", ERROR | DIED),
 ]
