@@ -68,7 +68,7 @@ class Enforcement:
 
     @property
     def level(self) -> Literal["full", "reduced", "none"]:
-if not self.missing:
+        if not self.missing:
             return "full"
         return "none" if "network" in self.missing else "reduced"  # what has the network is no wall
 
