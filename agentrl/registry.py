@@ -28,6 +28,7 @@ from agentrl.errors import UsageError
 GROUP = "agentrl.envs"
 BUILT_IN = {
     "calculator": "agentrl.envs.calculator:Calculator",
+    "code_interpreter": "agentrl.envs.code_interpreter:CodeInterpreter",
     "guess": "agentrl.envs.guess:Guess",
 }
 

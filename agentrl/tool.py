@@ -210,9 +210,13 @@ def tools_of(cls: type) -> dict[str, Tool]:
 class Toolkit:
     """Tools that an environment takes in by composition: `tools = (Search(index), Python(sandbox))`.
 
-    What you hold is a template; each episode works on `spawn()` of it.
+    What you hold is a template; each episode works on `spawn()` of it. `life`: seconds until what it holds for an
+    episode ends by itself (None: never); the episode's deadline must be sooner. `call_seconds`: what a call may take by
+    the toolkit's own limits (None: it has none); the tool deadline must be later.
     """
 
+    life: float | None = None
+    call_seconds: float | None = None
     _template: Toolkit | None = None
 
     async def setup(self) -> None:

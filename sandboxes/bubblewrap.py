@@ -149,7 +149,7 @@ class BubblewrapBackend:
         if "syscalls" not in enforcement.missing:
             fds.append(self._filter_fd())
             words += ["--seccomp", str(fds[-1])]
-        words += ["--as-pid-1", "--chdir", "/workspace", "--", self._python(), "-I", "-S", "-E", "/run/server.py"]
+        words += ["--as-pid-1", "--chdir", "/workspace", "--", self._python(), "-S", "-s", "/run/server.py"]
         words += ["--fd", str(channel.fileno()), json.dumps(server)]
         try:
             process = subprocess.Popen(
@@ -159,7 +159,7 @@ class BubblewrapBackend:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+                env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONHASHSEED": "0"},
                 start_new_session=True,
             )
         except BaseException:

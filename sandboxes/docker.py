@@ -120,7 +120,7 @@ class DockerBackend:
             "preload": self.preload,
             "alone": True,
         }
-        command = ["python3", "-I", "-S", "-E", f"{_INSIDE}/server.py", "--connect", f"{_INSIDE}/door"]
+        command = ["python3", "-S", "-s", f"{_INSIDE}/server.py", "--connect", f"{_INSIDE}/door"]
         api = self._client.api
         try:
             made = api.create_container(
@@ -130,7 +130,7 @@ class DockerBackend:
                 labels={LABEL: box.name},
                 user="1000:1000",
                 working_dir="/workspace",
-                environment={"PYTHONPATH": "", "HOME": "/workspace"},
+                environment={"PYTHONPATH": "", "PYTHONHASHSEED": "0", "HOME": "/workspace"},
                 host_config=self._walls(box, limits),
             )
             box.id = made["Id"]

@@ -1,6 +1,6 @@
 """The session server: runs *inside* a sandbox, standard library only, one file.
 
-    python3 -I -S -E server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'
+    python3 -S -s server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'
 
 A *supervisor* holds the channel to the host and never runs anybody's code. It forks *workers*: a worker keeps one
 persistent namespace and runs the cells it is sent; a shell command is a process of its own. Programs have the
@@ -335,6 +335,7 @@ class Server:
             "OMP_NUM_THREADS": "1",
             "MPLBACKEND": "agg",
             "PYTHONPATH": PACKAGES,
+            "PYTHONHASHSEED": "0",  # as in our own start: the order of sets is to be the same in a replay
             **options.get("env", {}),
         }
 
@@ -823,6 +824,7 @@ def main() -> None:
     for name, value in {"RLIMIT_CORE": 0, **options.get("rlimits", {})}.items():
         resource.setrlimit(getattr(resource, name), (value, value))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    del sys.path[0]  # where this file lies
     sys.path += [folder for folder in (*options.get("path", ()), *packages()) if os.path.isdir(folder)]
     for name in options.get("preload", ()):
         try:

@@ -75,12 +75,12 @@ class UnsafeLocalBackend:
         }
         with theirs:
             process = subprocess.Popen(  # noqa: ASYNC220  it takes a few milliseconds
-                [sys.executable, "-I", "-S", "-E", str(SERVER), "--fd", str(theirs.fileno()), json.dumps(options)],
+                [sys.executable, "-S", "-s", str(SERVER), "--fd", str(theirs.fileno()), json.dumps(options)],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PATH": "/usr/local/bin:/usr/bin:/bin"},
+                env={"PATH": "/usr/local/bin:/usr/bin:/bin", "PYTHONHASHSEED": "0"},
                 start_new_session=True,
             )
         session = await Session.start(ours, _Process(folder, process), limits)

@@ -30,6 +30,19 @@ def check(config: Config) -> None:
                 f"tool {name!r} may take {made.options.timeout:g} s, but rollout.deadlines.tool cuts it off at "
                 f"{config.rollout.deadlines.tool:g} s; raise the deadline or lower the tool's timeout"
             )
+    deadlines = config.rollout.deadlines
+    for kit in env.kits:
+        name = type(kit).__name__
+        if kit.call_seconds is not None and kit.call_seconds > deadlines.tool:
+            raise UsageError(
+                f"a call in {name} may take {kit.call_seconds:g} s by its own limits, but rollout.deadlines.tool cuts "
+                f"it off at {deadlines.tool:g} s; raise the deadline or lower the limit"
+            )
+        if kit.life is not None and kit.life <= deadlines.episode:
+            raise UsageError(
+                f"{name} lives for {kit.life:g} s, but an episode may take {deadlines.episode:g} s "
+                "(rollout.deadlines.episode); raise its life or lower the deadline"
+            )
     demonstrates = type(env).demonstrate is not Env.demonstrate
     needy = [s for s in config.stages if isinstance(s, SupervisedStage)] or isinstance(config.model, ScratchModel)
     if needy and not demonstrates:
