@@ -1,0 +1,263 @@
+"""What every backend does alike: programs, state, files, limits, snapshots, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+
+from agentrl.errors import InfraError
+from agentrl.sandbox import Enforcement, Limits, PathError, Unsupported
+from agentrl.sandboxes.session import Session
+
+LIMITS = Limits.model_validate({"seconds": 2, "output_bytes": 1000, "read_mb": 4})
+
+
+def live(backend: Any, story: Callable[[Any], Awaitable[None]], limits: Limits = LIMITS) -> None:
+    async def life() -> None:
+        box = await backend.open(limits)
+        try:
+            await story(box)
+        finally:
+            await box.close()
+            await backend.close()
+
+    asyncio.run(life())
+
+
+def test_cells_share_their_state_and_show_the_last_value(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        first = await box.exec("import math\nx = 41\nprint('hi')")
+        assert (first.status, first.stdout, first.value, first.lost) == ("ok", "hi\n", None, False)
+        assert (await box.exec("x + math.floor(1.5)")).value == "42"
+        wrong = await box.exec("def f():\n    return 1 / 0\nf()")
+        assert wrong.status == "error" and "ZeroDivisionError" in (wrong.error or "")
+        assert 'File "<cell 3>", line 2, in f' in (wrong.error or "") and "server.py" not in (wrong.error or "")
+        assert (await box.exec("def broken(:")).status == "error"
+        assert (await box.exec("raise SystemExit(3)")).status == "error"
+        assert (await box.exec("x")).value == "41"
+
+    live(anyone, story)
+
+
+def test_shell_commands_run_in_the_workspace(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        done = await box.shell("echo out; echo err >&2; echo text > file; exit 3")
+        assert (done.status, done.stdout, done.stderr, done.exit_code) == ("error", "out\n", "err\n", 3)
+        assert (await box.exec("open('file').read()")).value == "'text\\n'"
+        late = await box.shell("sleep 60")
+        assert late.status == "timeout_interrupted" and late.hit == ("time",)
+
+    live(anyone, story)
+
+
+def test_time_and_output_are_limited_and_the_state_survives_an_interrupt(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        await box.exec("x = 1")
+        slow = await box.exec("import time\ntry:\n    time.sleep(60)\nfinally:\n    print('cleaned up')", seconds=0.3)
+        assert (slow.status, slow.stdout, slow.lost) == ("timeout_interrupted", "cleaned up\n", False)
+        assert (await box.exec("x")).value == "1"
+        much = await box.exec("print('a' * 600 + 'b' * 5000 + 'c' * 600)")
+        assert much.status == "ok" and much.dropped == 5201
+        assert much.stdout.startswith("a" * 500) and much.stdout.endswith("c" * 499 + "\n")
+        flood = await box.exec("while True: print('x' * 1000)")
+        assert flood.status == "output_limit" and flood.lost
+        assert (await box.exec("x")).status == "error"
+
+    live(anyone, story)
+
+
+def test_a_dead_session_is_replaced_and_says_that_its_state_is_lost(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        await box.exec("x = 1")
+        gone = await box.exec("import os; os._exit(7)")
+        assert (gone.status, gone.exit_code, gone.lost) == ("died", 7, True)
+        assert (await box.exec("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)")).exit_code == -11
+        assert (await box.exec("1 + 1")).value == "2" and box.alive
+
+    live(anyone, story)
+
+
+def test_files_go_in_and_out_and_never_leave_the_workspace(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        data = bytes(range(256)) * 8000
+        await box.write("deep/down/file.bin", data)
+        assert await box.read("deep/down/file.bin", 3_000_000) == data
+        await box.write("empty", b"")
+        await box.shell("ln -s /etc/passwd link; ln -s / top; mkfifo pipe")
+        assert await box.files() == {"deep/down/file.bin": len(data), "empty": 0}
+        for path in ("../x", "/etc/passwd", "deep/../../x", "link", "top/etc/passwd", "deep", "pipe", "none", "a\0b", ""):
+            with pytest.raises(PathError):
+                await box.read(path)
+        for path in ("../x", "/etc/x", "top/x", "a\0b", ""):
+            with pytest.raises(PathError):
+                await box.write(path, b"x")
+        with pytest.raises(PathError, match="more than the 10"):
+            await box.read("deep/down/file.bin", 10)
+        await box.write("link", b"mine")  # the link is replaced, not followed
+        assert await box.read("link") == b"mine"
+
+    live(anyone, story)
+
+
+def test_reset_leaves_nothing(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        await box.exec("x = 1; open('f', 'w').write('x'); import os; os.mkdir('d'); os.chmod('d', 0)")
+        await box.shell("sleep 300 & echo $! > pid")
+        pid = (await box.read("pid")).strip().decode()
+        await box.reset()
+        assert await box.files() == {}
+        assert (await box.exec("x")).status == "error"
+        assert (await box.exec(f"import os; os.path.exists('/proc/{pid}')")).value == "False"
+
+    live(anyone, story)
+
+
+def test_snapshots_bring_back_variables_and_files(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        await box.exec("x = [1]; open('f', 'w').write('one')")
+        name = await box.snapshot()
+        for _ in range(2):
+            await box.exec("x.append(2); open('f', 'w').write('two'); open('g', 'w').close()")
+            await box.restore(name)
+            assert (await box.exec("x")).value == "[1]"
+            assert await box.read("f") == b"one" and list(await box.files()) == ["f"]
+        await box.reset()
+        with pytest.raises(Unsupported, match="gone"):
+            await box.restore(name)
+
+    live(anyone, story)
+
+
+def test_a_cancelled_program_takes_its_sandbox_with_it(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        running = asyncio.ensure_future(box.exec("import time; time.sleep(60)"))
+        await asyncio.sleep(0.1)
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+        assert not box.alive
+        with pytest.raises(InfraError, match="cancelled"):
+            await box.exec("1")
+
+    live(anyone, story)
+
+
+def test_life_ends(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        await asyncio.sleep(1.5)
+        with pytest.raises(InfraError, match=r"life of 1\.2 s"):
+            await box.exec("1")
+
+    live(anyone, story, Limits.model_validate({"seconds": 1, "life": 1.2}))
+
+
+def test_the_hash_seed_is_fixed_so_that_replays_agree(anyone: Any) -> None:
+    async def value() -> str:
+        box = await anyone.open(LIMITS)
+        try:
+            return str((await box.exec("hash('a'), list({'x', 'y', 'z', 'w'})")).value)
+        finally:
+            await box.close()
+
+    async def twice() -> tuple[str, str]:
+        try:
+            return await value(), await value()
+        finally:
+            await anyone.close()
+
+    first, second = asyncio.run(twice())
+    assert first == second
+
+
+class Shell:
+    """A vessel around nothing: the other end of its socket is the test."""
+
+    name = "agentrl-1-1-00000000"
+    enforcement = Enforcement()
+    destroyed = 0
+
+    def hit(self) -> tuple[Any, ...]:
+        return ()
+
+    async def destroy(self) -> None:
+        self.destroyed += 1
+
+
+def frame(body: bytes) -> bytes:
+    return struct.pack("!I", len(body)) + body
+
+
+@pytest.mark.parametrize(
+    ("said", "status"),
+    [
+        (b"\xff\xff\xff\xff", "protocol"),
+        (frame(b"not json"), "protocol"),
+        (frame(b'{"id": "0", "status": "ok"}'), "protocol"),
+        (frame(b"[" * 100_000), "protocol"),
+        (frame(b"[1]"), "protocol"),
+        (b"", "died"),
+        (b"\0\0", "died"),
+    ],
+)
+def test_whatever_comes_over_the_channel_is_checked(said: bytes, status: str) -> None:
+    async def life() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.sendall(frame(b'{"hello": 1, "python": "3"}'))
+        vessel = Shell()
+        box = await Session.start(ours, vessel, LIMITS)
+        running = asyncio.ensure_future(box.exec("1"))
+        await asyncio.sleep(0.05)
+        theirs.sendall(said)
+        if status == "died":
+            theirs.close()
+        result = await running
+        assert (result.status, result.lost, box.alive) == (status, True, False)
+        await box.close()
+        assert vessel.destroyed == 1
+        theirs.close()
+
+    asyncio.run(life())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        '"status": "fine", "dropped": 0',
+        '"status": "ok", "dropped": "0"',
+        '"status": "ok", "dropped": 0, "stdout": 5',
+        '"status": "ok", "dropped": 0, "exit_code": "x"',
+    ],
+)
+def test_fields_of_the_wrong_type_are_not_believed(fields: str) -> None:
+    async def life() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        theirs.sendall(frame(b'{"hello": 1, "python": "3"}'))
+        box = await Session.start(ours, Shell(), LIMITS)
+        running = asyncio.ensure_future(box.exec("1"))
+        await asyncio.sleep(0.05)
+        asked = theirs.recv(4096)
+        nonce = asked.partition(b'"id": "')[2][:32].decode()
+        theirs.sendall(frame(f'{{"id": "{nonce}", {fields}}}'.encode()))
+        assert (await running).status == "protocol"
+        await box.close()
+        theirs.close()
+
+    asyncio.run(life())
+
+
+def test_a_server_that_says_nothing_is_infra() -> None:
+    async def life() -> None:
+        ours, theirs = socket.socketpair()
+        vessel = Shell()
+        with pytest.raises(InfraError, match="did not start"):
+            await Session.start(ours, vessel, LIMITS, ready_within=0.1)
+        assert vessel.destroyed == 1
+        theirs.close()
+
+    asyncio.run(life())
