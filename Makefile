@@ -17,10 +17,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 TORCH_INDEX ?=
 TRL := trl==1.16.0
 
-.PHONY: help quickstart test lint bench clean
+.PHONY: help quickstart test lint bench bench-sandbox clean
 
 help:  ## show this
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */  make \1 — /'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1 — /'
 
 quickstart: $(VENV)/.quickstart  ## train a policy to use a tool, on this machine, in minutes
 	@$(BIN)/agentrl train configs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S) $(ARGS)
@@ -35,6 +35,9 @@ lint: $(VENV)/.test  ## ruff and mypy
 
 bench: $(VENV)/.test  ## the benchmarks; their tables go to docs/benchmarks.md
 	@$(BIN)/python tests/benchmarks/run.py $(ARGS)
+
+bench-sandbox: $(VENV)/.test  ## sandboxes: latency, throughput, attacks
+	@$(BIN)/python tests/benchmarks/bench_sandbox.py $(ARGS)
 
 clean:  ## remove the environment and the caches
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,168 +1,211 @@
 """The session server: runs *inside* a sandbox, standard library only, one file.
 
-    python3 -S -s server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'
+    python3 -I -S -E server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'
 
 A *supervisor* holds the channel to the host and never runs anybody's code. It forks *workers*: a worker keeps one
-persistent namespace and runs the cells it is sent; a shell command is a process of its own. Programs have the
-supervisor's uid. Where it is process 1 of its namespace they cannot kill it; elsewhere they can, and the host sees the
-channel close. They can never read it, and nothing they do makes it wait for ever or grow: it reads their pipes with a
-clock and a budget, and checks what it reads.
+persistent namespace and runs the cells that it is sent; a shell command is a process of its own. Programs have the
+supervisor's uid, so they may kill it (the host then sees the channel close), but they cannot read it, and nothing they
+do makes it wait for ever or grow: it reads their pipes with a clock and a budget, and believes nothing that it reads.
+Each program gets pipes of its own, so that what an earlier one left running is never heard in its place.
 
-Frames on the channel: 4-byte big-endian length, then a JSON object; see `sandboxes/session.py`.
+Frames on the channel: 4-byte big-endian length, then a JSON object; see `sandboxes/session.py`. Every sandbox waits for
+the imports below, so there are C modules where the modules around them would bring `re` and `enum` along, which take
+longer than the rest of the start.
 """
 
 from __future__ import annotations
 
-import base64
+import _ctypes
+import _json
+import binascii
 import builtins
-import json
 import os
 import select
-import signal
-import socket
 import stat
 import struct
 import sys
 import time
 
-TYPE_CHECKING = False  # `typing` itself takes too long to import
+TYPE_CHECKING = False  # `typing` would be one of them
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
-    from typing import Any, Literal, NoReturn
+    import signal
+    import socket
+    from collections.abc import Callable, Collection, Iterator, Sequence
+    from typing import Any, NoReturn
+else:
+    import _signal as signal
+    import _socket as socket
 
 GRACE = 0.5  # seconds between SIGINT and SIGKILL
+QUIET = 0.05  # seconds without a request after which the server uses the time to import what programs often want
+KILLING = 2.0  # seconds for which processes that come back are killed again
 LENGTH = struct.Struct("!I")
-MOST_REPLY = 4 << 20  # bytes of a worker's reply that are believed
+ORDER = struct.Struct("!c16sII")  # to a worker: what to do, nonce, bytes of text wanted at most, bytes of code
+ANSWER = struct.Struct("!16scii")  # from a worker: nonce, how it ended, bytes of value and of error, -1 for none
 MOST_FRAME = 8 << 20  # bytes of a host's frame
-REAP_MS = 100  # how often the dead are collected while a program runs: they count as processes
+MOST_NAMES = 1 << 20  # bytes of file names in one reply
 MOST_FILES = 4096  # listed at once
+MOST_DEPTH = 64  # folders below each other, in a listing or a copy
+MOST_LATE = 32  # pipes that programs left open and that are still emptied
 CHUNK = 1 << 16
+NICE = 5  # so that a hundred busy processes do not keep the supervisor from its work
 PACKAGES = "/opt/agentrl/packages"  # where the image has its own
+COMMON = "traceback json math random datetime itertools collections functools heapq string typing copy".split()
+FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 class Refused(Exception):
-    """A file that cannot be given or taken; the sentence goes to the host."""
+    """What cannot be given or done; the sentence goes to the host."""
 
 
 # -- the worker: everything here runs in the process that user code may change ----------------------------------------
 
 
 def run_worker(link: socket.socket, number: int) -> None:
-    """Serve cells over `link` until it closes. Every message is a JSON object, with three or more fds for some."""
+    """Serve orders over `link` until it closes; `number` cells were run before."""
     module = type(sys)("__main__")  # ours is not theirs to see, and must outlive what they do to theirs
     ours, sys.modules["__main__"] = sys.modules["__main__"], module
     namespace = module.__dict__
     namespace["__builtins__"] = builtins
-    loads, dumps, recv_fds, exact, fork = json.loads, json.dumps, socket.recv_fds, _exactly, os.fork
-    pack, unpack, close, dup2, interrupt = LENGTH.pack, LENGTH.unpack, os.close, os.dup2, signal.default_int_handler
-    set_signal, sigint, ignore, limit = signal.signal, signal.SIGINT, signal.SIG_IGN, MOST_REPLY
-    cell, frozen = _cell, _frozen
+    sources: dict[str, str] = {}
+    # Local names: programs may change the modules in which these were found.
+    cell, frozen, exactly, order, pack, unpack = _cell, _frozen, _exactly, ORDER, ANSWER.pack, struct.unpack
+    fork, getpid, leave, dup2, close, open_, null = os.fork, os.getpid, os._exit, os.dup2, os.close, os.open, os.devnull
+    set_signal, sigint, ignore, interrupt = signal.signal, signal.SIGINT, signal.SIG_IGN, signal.default_int_handler
+    set_timer, waitpid, room, flags = signal.setitimer, os.waitpid, socket.CMSG_SPACE(8), socket.MSG_WAITALL
+    me, failed = getpid(), BaseException
     while ours:
-        head, fds, _, _ = recv_fds(link, 4, 3)
-        if len(head) < 4:
-            os._exit(0)
-        order = loads(exact(link.recv, unpack(head)[0]))
-        reply = {"id": order["id"]}
-        if order["op"] == "exec":
-            dup2(fds[0], 1)
-            dup2(fds[1], 2)
-            close(fds[0])
-            close(fds[1])
-            set_signal(sigint, interrupt)
+        head, aside, _, _ = link.recvmsg(order.size, room, flags)
+        if len(head) < order.size:
+            leave(0)
+        what, nonce, longest, size = order.unpack(head)
+        fds = [fd for _, _, data in aside for (fd,) in struct.iter_unpack("i", data)]
+        how, value, error = b"o", None, None
+        if what == b"x":
+            code = exactly(link.recv, size).decode("utf-8", "surrogatepass")
+            for fd, stream in zip(fds, (1, 2)):
+                dup2(fd, stream)
+                close(fd)
             number += 1
-            reply.update(cell(order["code"], f"<cell {number}>", namespace, order["output"]))
-            set_signal(sigint, ignore)
-            dup2(0, 1)  # what threads write between two cells is nobody's
-            dup2(0, 2)
-        else:  # "freeze": a copy of this process waits on the socket it was sent, and is told to go on by "thaw"
-            child = fork()
-            if child == 0:
-                link.close()
-                link = socket.socket(fileno=fds[0])
-                if not frozen(link):
-                    os._exit(0)
-                continue
-            close(fds[0])
-            reply["pid"] = child
-        body = dumps(reply, ensure_ascii=False).encode("utf-8", "replace")
-        if len(body) > limit:
-            body = dumps({"id": order["id"], "status": "error", "error": "the reply was too long"}).encode()
-        link.sendall(pack(len(body)) + body)
+            name = f"<cell {number}>"
+            sources[name] = code
+            try:
+                try:
+                    set_signal(sigint, interrupt)
+                    how, value, error = cell(name, namespace, longest, sources)
+                finally:
+                    set_signal(sigint, ignore)
+            except failed:  # an interrupt between the end of the cell and here
+                set_signal(sigint, ignore)
+                how, error = b"e", "KeyboardInterrupt"
+            set_timer(0, 0.0)  # an alarm that it set and forgot would end this loop
+            if getpid() != me:  # the cell forked, and this is the child, which has come to its end
+                leave(0)
+        else:  # "f": a copy of this process waits on the socket that was sent, and each "thaw" makes a copy that goes on
+            try:
+                child = fork()
+                if child == 0:
+                    if fork():  # nobody's child: it becomes the supervisor's
+                        leave(0)
+                    dup2(fds[0], link.fileno())
+                    close(fds[0])
+                    frozen(link)
+                    me = getpid()
+                    continue
+                waitpid(child, 0)
+            except failed:
+                how = b"e"
+            for fd in fds:
+                close(fd)
+        texts = [None if text is None else text.encode("utf-8", "replace") for text in (value, error)]
+        sizes = [-1 if text is None else len(text) for text in texts]
+        link.sendall(pack(nonce, how, *sizes) + b"".join(text for text in texts if text))
+        fd = open_(null, os.O_RDWR)  # what threads write between two cells is nobody's
+        for stream in (0, 1, 2):
+            dup2(fd, stream)
+        close(fd)
 
 
-def _frozen(link: socket.socket) -> bool:
-    """Wait in a snapshot. Each thaw makes a fork that goes on (returns True) over the socket that came with it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+def _frozen(link: socket.socket) -> None:
+    """Wait as a snapshot. Returns in a fork for each thaw, its `link` the socket that came with it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    link.sendall(LENGTH.pack(os.getpid()))
     while True:
-        head, fds, _, _ = socket.recv_fds(link, 4, 1)
-        if len(head) < 4:
-            return False
-        child = os.fork()
-        if child == 0:
+        head, aside, _, _ = link.recvmsg(1, socket.CMSG_SPACE(4))
+        if not head:
+            os._exit(0)
+        (fd,) = struct.unpack("i", aside[0][2])
+        middle = os.fork()
+        if middle == 0:
+            middle = os.getpid()
+            if os.fork():
+                os._exit(0)
+            while os.getppid() == middle:  # until this is the supervisor's child
+                time.sleep(0.0002)
             os.setsid()
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            os.dup2(fds[0], link.fileno())
-            os.close(fds[0])
-            return True
-        os.close(fds[0])
-        link.sendall(LENGTH.pack(child))
+            os.dup2(fd, link.fileno())
+            os.close(fd)
+            link.sendall(LENGTH.pack(os.getpid()))
+            return
+        os.close(fd)
+        os.waitpid(middle, 0)
 
 
-def _cell(code: str, name: str, namespace: dict[str, Any], longest: int) -> dict[str, Any]:
-    """Run one cell; what it came to."""
-    out = {"status": "ok", "value": None, "error": None}
+def _cell(
+    name: str, namespace: dict[str, Any], longest: int, sources: dict[str, str]
+) -> tuple[bytes, str | None, str | None]:
+    """Run the cell `name` of `sources`: how it ended, its value's repr, its traceback."""
+    how, value, error = b"o", None, None
     try:
-        tree: Any = compile(code, name, "exec", 0x400, True)  # PyCF_ONLY_AST
+        tree: Any = compile(sources[name], name, "exec", 0x400, True)  # PyCF_ONLY_AST
         last = None
         if tree.body and type(tree.body[-1]).__name__ == "Expr":
             import _ast
 
             last = compile(_ast.Expression(tree.body.pop().value), name, "eval", 0, True)
-        body = compile(tree, name, "exec", 0, True)
-        exec(body, namespace)
+        exec(compile(tree, name, "exec", 0, True), namespace)
         if last is not None:
-            value = eval(last, namespace)
-            if value is not None:
-                namespace["_"] = value
-                out["value"] = _clean(_cut(repr(value), longest))
-    except SystemExit as error:
-        if error.code not in (None, 0):
-            out.update(status="error", error=_clean(_cut(f"SystemExit: {error.code}", longest)))
-    except BaseException as error:
-        out.update(status="error", error=_told(error, code, name, longest))
+            found = eval(last, namespace)
+            if found is not None:
+                namespace["_"] = found
+                value = _cut(repr(found), longest)
+    except SystemExit as stop:
+        if stop.code not in (None, 0):
+            how, error = b"e", _cut(f"SystemExit: {stop.code}", longest)
+    except BaseException as raised:
+        how, error = b"e", _told(raised, longest, sources)
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except BaseException:
             pass
-    return out
+    return how, value, error
 
 
-def _told(error: BaseException, code: str, name: str, longest: int) -> str:
-    """The traceback without the server's own frames, with the cell's lines."""
+def _told(error: BaseException, longest: int, sources: dict[str, str]) -> str:
+    """The traceback without the server's own frames, with the cells' lines."""
     try:
         import linecache
         import traceback
 
-        linecache.cache[name] = (len(code), None, code.splitlines(True), name)
+        for name, code in sources.items():
+            if name not in linecache.cache:
+                linecache.cache[name] = (len(code), None, code.splitlines(True), name)
         frames = error.__traceback__
         while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
             frames = frames.tb_next
-        return _clean(_cut("".join(traceback.format_exception(type(error), error, frames, limit=-20)), longest))
+        return _cut("".join(traceback.format_exception(type(error), error, frames, limit=-20)), longest)
     except BaseException:
         return type(error).__name__
 
 
 def _cut(text: str, longest: int) -> str:
-    """Beginning and end of `text`, at most `longest` characters with the note between."""
+    """Beginning and end of `text`: at most `longest` characters, and the note between."""
     if len(text) <= longest:
-        return text
+        return str(text)
     half = longest // 2
     return f"{text[:half]}\n… {len(text) - 2 * half} characters left out …\n{text[-half:]}"
-
-
-def _clean(text: str) -> str:
-    return text.encode("utf-8", "replace").decode()
 
 
 def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
@@ -176,7 +219,7 @@ def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
     return bytes(pieces)
 
 
-# -- the supervisor ---------------------------------------------------------------------------------------------------
+# -- the supervisor: programs ------------------------------------------------------------------------------------------
 
 
 class Output:
@@ -202,115 +245,145 @@ class Output:
         """(what is kept, bytes left out)."""
         tail = self.tail[-self.half :]
         dropped = self.seen - len(self.head) - len(tail)
-        note = f"\n… {dropped} bytes left out …\n".encode() if dropped else b""
-        return (bytes(self.head) + note + bytes(tail)).decode("utf-8", "replace"), dropped
+        if not dropped:
+            return (self.head + tail).decode("utf-8", "replace"), 0
+        first, last = (part.decode("utf-8", "replace").strip("\ufffd") for part in (self.head, tail))
+        return f"{first}\n… {dropped} bytes left out …\n{last}", dropped
+
+
+class Worker:
+    """A process that runs cells. `used`: it has state to lose."""
+
+    def __init__(self, pid: int, link: socket.socket, used: bool = False) -> None:
+        self.pid, self.link, self.used = pid, link, used
+        link.setblocking(False)
 
 
 class Program:
-    """Something that runs: a cell in the worker or a shell command. Its streams are drained within time and budget."""
+    """What runs for one request: a shell command, or (with a `link`) a cell in a worker."""
 
-    def __init__(self, server: Server, pid: int, pidfd: int, link: socket.socket | None, seconds: float) -> None:
-        self.server, self.pid, self.pidfd, self.link = server, pid, pidfd, link
-        self.seconds = seconds
-        self.pipes: dict[int, Output] = {}
-        self.streams: list[Output] = []
+    def __init__(self, server: Server, pid: int, reads: tuple[int, int], link: socket.socket | None = None) -> None:
+        self.server, self.pid, self.link = server, pid, link
+        self.status: str | None = None  # why it was stopped
+        self.answer: tuple[bytes, str | None, str | None] | None = None  # how a cell ended, its value, its error
+        self.began = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+        self.streams = [Output(server.output_bytes) for _ in reads]
+        self.pipes = dict(zip(reads, self.streams))
         self.budget = server.read_bytes
+        self.nonce, self.heard, self.unsent = b"", bytearray(), memoryview(b"")
 
-    def follow(self, reads: tuple[int, int]) -> tuple[str | None, dict[str, Any] | None]:
-        """Read until the program answers, dies, or runs into a limit. Returns (status or None, its reply or None)."""
-        longest = self.server.output_bytes
-        self.streams = [Output(longest), Output(longest)]
-        poll = select.poll()
-        for fd, stream in zip(reads, self.streams, strict=True):
+    def tell(self, code: str, fds: Sequence[int]) -> None:
+        """Send the worker its cell, or as much of it as it takes at once."""
+        assert self.link is not None
+        text = code.encode("utf-8", "surrogatepass")
+        self.nonce = os.urandom(16)
+        self.unsent = memoryview(ORDER.pack(b"x", self.nonce, self.server.output_bytes, len(text)) + text)
+        try:
+            self.unsent = self.unsent[self.link.sendmsg([self.unsent], [_rights(fds)]) :]
+        except OSError:  # it does not listen, or is gone: its silence is its answer
+            self.unsent = memoryview(b"")
+
+    def follow(self, seconds: float) -> None:
+        """Serve its pipes until it ends, answers, or runs into a limit."""
+        server, poll = self.server, self.server.poll
+        for fd in self.pipes:
             os.set_blocking(fd, False)
-            self.pipes[fd] = stream
             poll.register(fd, select.POLLIN)
-        poll.register(self.pidfd, select.POLLIN)
-        poll.register(self.server.channel.fileno(), select.POLLRDHUP | select.POLLHUP)
         if self.link is not None:
-            poll.register(self.link.fileno(), select.POLLIN)
-        status: str | None = None
-        answer: dict[str, Any] | None = None
-        stop, buffer = time.monotonic() + self.seconds, bytearray()
-        while answer is None:
+            poll.register(self.link.fileno(), select.POLLIN | (select.POLLOUT if self.unsent else 0))
+        stop, listening = time.monotonic() + seconds, True
+        while self.answer is None and listening and self.pid not in server.dead:
+            if self.budget < 0:
+                self.status = "output_limit"
+                break
             left = stop - time.monotonic()
-            events = poll.poll(min(int(left * 1000) + 1, REAP_MS)) if left > 0 else []
-            for fd, _ in events:
+            if left <= 0:
+                if self.status is not None:
+                    self.status = "timeout_killed"
+                    break
+                self.status, stop = "timeout_interrupted", time.monotonic() + GRACE
+                server.interrupt(self.pid)
+                continue
+            for fd in server.wait(left):
                 if fd in self.pipes:
-                    if not self._drain(fd):
-                        poll.unregister(fd)
-                        del self.pipes[fd]
-                elif fd == self.server.channel.fileno():
-                    self.server.end()
-                elif fd == self.pidfd:  # its end is its answer; a cell's worker may have answered before
-                    answer = answer or (self.link is not None and self._hear(buffer)) or {}
-                elif answer is None:
-                    heard = self._hear(buffer)
-                    if heard is False:  # closed or talked nonsense: nothing more will come of it
-                        poll.unregister(fd)
-                        os.kill(self.pid, signal.SIGKILL)
-                    else:
-                        answer = heard
-            if self.budget < 0 and status is None:
-                return "output_limit", None
-            if answer is None and time.monotonic() >= stop:
-                if status is not None:
-                    return "timeout_killed", None
-                status, stop = "timeout_interrupted", time.monotonic() + GRACE
-                self.server.interrupt(self.pid)
-            reap(self.pid)
-        self._last_words()
-        if self.budget < 0:
-            return "output_limit", None
-        return status, answer
+                    self.drain(fd)
+                elif self.link is not None and fd == self.link.fileno():
+                    listening = self.hear()
+        if self.link is not None:
+            if self.answer is None:
+                self.hear()
+            poll.unregister(self.link.fileno())
+        for fd in list(self.pipes):  # what was written before the end stands in the pipe already
+            before = None
+            while fd in self.pipes and self.budget != before and self.budget >= 0:
+                before = self.budget
+                self.drain(fd)
+            if fd in self.pipes:  # somebody holds it still: from now on nobody listens
+                server.late[fd] = server.read_bytes
+        if self.budget < 0 and self.status != "timeout_killed":
+            self.status = "output_limit"
 
-    def _drain(self, fd: int) -> bool:
-        """Read what is there, at most a few chunks so that the clock is looked at. False at the end."""
+    def drain(self, fd: int) -> None:
+        """Read what is there, at most a megabyte, so that the clock is looked at."""
         for _ in range(16):
             try:
                 data = os.read(fd, CHUNK)
             except BlockingIOError:
+                return
+            if not data:
+                del self.pipes[fd]
+                self.server.drop(fd)
+                return
+            self.budget -= len(data)
+            self.pipes[fd].add(data)
+            if self.budget < 0 or len(data) < CHUNK:
+                return
+
+    def hear(self) -> bool:
+        """Take what the worker sent. False where nothing more will come of it: it hung up, or talks nonsense."""
+        assert self.link is not None
+        try:
+            if self.unsent:
+                self.unsent = self.unsent[self.link.send(self.unsent) :]
+                if not self.unsent:
+                    self.server.poll.modify(self.link.fileno(), select.POLLIN)
+        except OSError:
+            pass
+        most = 8 * self.server.output_bytes + 1024  # bytes of either text
+        while True:
+            try:
+                data = self.link.recv(CHUNK)
+            except BlockingIOError:
                 return True
             except OSError:
                 return False
-            if not data:
+            self.heard += data
+            if not data or len(self.heard) > ANSWER.size + 2 * most:
                 return False
-            self.budget -= len(data)
-            self.pipes[fd].add(data)
-            if self.budget < 0:
+            if len(self.heard) < ANSWER.size:
+                continue
+            nonce, how, *sizes = ANSWER.unpack_from(self.heard)
+            if nonce != self.nonce or how not in (b"o", b"e") or not all(-1 <= size <= most for size in sizes):
+                return False
+            split = ANSWER.size + max(0, sizes[0])
+            end = split + max(0, sizes[1])
+            if len(self.heard) > end:
+                return False
+            if len(self.heard) == end:
+                parts = self.heard[ANSWER.size : split], self.heard[split:]
+                value, error = (
+                    None if size < 0 else part.decode("utf-8", "replace") for size, part in zip(sizes, parts)
+                )
+                self.answer = how, value, error
                 return True
-        return True
 
-    def _hear(self, buffer: bytearray) -> dict[str, Any] | Literal[False] | None:
-        """Bytes of the worker's reply: None while incomplete, False where there will be none, else the reply."""
-        assert self.link is not None
-        try:
-            data = self.link.recv(CHUNK)
-        except OSError:
-            return False
-        if not data:
-            return False
-        buffer += data
-        if len(buffer) < 4:
-            return None
-        (length,) = LENGTH.unpack(buffer[:4])
-        if length > MOST_REPLY or len(buffer) > 4 + length:
-            return False
-        if len(buffer) < 4 + length:
-            return None
-        try:
-            reply = json.loads(bytes(buffer[4:]))
-        except (ValueError, RecursionError):
-            return False
-        return reply if isinstance(reply, dict) else False
+    def report(self) -> dict[str, Any]:
+        """The part of a reply that every program has."""
+        (stdout, more), (stderr, most) = (stream.text() for stream in self.streams)
+        return {"status": self.status, "stdout": stdout, "stderr": stderr, "dropped": more + most, "lost": False}
 
-    def _last_words(self) -> None:
-        """What was written before the answer: it stands in the pipes already, unless somebody still holds them."""
-        for fd in list(self.pipes):
-            while self.pipes.get(fd) is not None and self.budget >= 0:
-                before = self.budget
-                if not self._drain(fd) or self.budget == before:
-                    break
+
+# -- the supervisor: requests ------------------------------------------------------------------------------------------
 
 
 class Server:
@@ -322,62 +395,94 @@ class Server:
         self.read_bytes = int(options.get("read_mb", 64)) << 20
         self.most_seconds = float(options.get("seconds", 10.0))
         self.alone = bool(options.get("alone"))  # nothing else lives in this process namespace
-        self.worker: tuple[int, int, socket.socket] | None = None  # pid, pidfd, link
-        self.snapshots: dict[str, tuple[int, socket.socket]] = {}  # pid, link
+        self.preload = list(options.get("preload", ()))
+        self.worker: Worker | None = None
+        self.snapshots: dict[str, Worker] = {}
         self.cells = 0
-        self.environment = {
-            "PATH": "/usr/local/bin:/usr/bin:/bin",
-            "HOME": self.workspace,
-            "TMPDIR": self.tmp,
-            "LANG": "C.UTF-8",
-            "PYTHONUNBUFFERED": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-            "OMP_NUM_THREADS": "1",
-            "MPLBACKEND": "agg",
-            "PYTHONPATH": PACKAGES,
-            "PYTHONHASHSEED": "0",  # as in our own start: the order of sets is to be the same in a replay
-            **options.get("env", {}),
-        }
+        self.kin: set[int] = set()  # children whose end somebody will ask for
+        self.dead: dict[int, int] = {}  # those of them that have ended -> exit code, negative for a signal
+        self.late: dict[int, int] = {}  # pipes of programs that are over -> bytes still read, and thrown away
+        self.poll = select.poll()
+        self.poll.register(channel.fileno(), select.POLLIN | select.POLLRDHUP)
+        self.alarm, wake = os.pipe()  # a child's end must wake the poll
+        for fd in (self.alarm, wake):
+            os.set_blocking(fd, False)
+        self.poll.register(self.alarm, select.POLLIN)
+        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
     # -- the channel --
 
     def serve(self) -> NoReturn:
         """Answer requests until the host is gone."""
-        self.send({"hello": 1, "python": sys.version.split()[0]})
+        absent = load(self.preload)
+        self.send({"hello": 1, "python": sys.version.split()[0], "absent": absent})
+        if not self.poll.poll(QUIET * 1000):
+            load(COMMON)
         self.ready_worker()
         while True:
-            try:
-                (length,) = LENGTH.unpack(_exactly(self.channel.recv, 4))
-                if length > MOST_FRAME:
-                    self.end()
-                request = json.loads(_exactly(self.channel.recv, length))
-                reply = self.answer(request)
-            except (EOFError, ConnectionError):
-                self.end()
+            request = self.receive()
+            self.poll.modify(self.channel.fileno(), select.POLLRDHUP)
+            reply = self.answer(request)
             reply["id"] = request["id"]
             self.send(reply)
-            reap(self.ready_worker()[0])  # behind the answer
+            self.poll.modify(self.channel.fileno(), select.POLLIN | select.POLLRDHUP)
+            self.ready_worker()  # behind the answer
+
+    def receive(self) -> dict[str, Any]:
+        while self.channel.fileno() not in self.wait(None):
+            pass
+        try:
+            (length,) = LENGTH.unpack(_exactly(self.channel.recv, 4))
+            if length > MOST_FRAME:
+                self.end()
+            request: dict[str, Any] = loads(_exactly(self.channel.recv, length).decode())
+            return request
+        except (EOFError, OSError):
+            self.end()
 
     def send(self, message: dict[str, Any]) -> None:
-        body = json.dumps(message, ensure_ascii=False).encode("utf-8", "replace")
-        self.channel.sendall(LENGTH.pack(len(body)) + body)
+        body = dumps(message).encode("utf-8", "replace")
+        try:
+            self.channel.sendall(LENGTH.pack(len(body)) + body)
+        except OSError:
+            self.end()
+
+    def wait(self, seconds: float | None) -> list[int]:
+        """File descriptors with news for the caller, or none after `seconds`. All else is seen to here."""
+        news = []
+        for fd, event in self.poll.poll(None if seconds is None else int(seconds * 1000) + 1):
+            if fd == self.alarm:
+                os.read(self.alarm, CHUNK)
+                self.bury()
+            elif fd in self.late:
+                self.hush(fd)
+            elif fd == self.channel.fileno() and event != select.POLLIN:
+                self.end()
+            else:
+                news.append(fd)
+        return news
+
+    def end(self) -> NoReturn:
+        """Kill everything that runs here and leave."""
+        self.kill()
+        os._exit(0)
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         handler = getattr(self, "do_" + str(request.get("op")), None)
-        if handler is None:
-            return {"refused": "no such operation"}
         try:
+            if handler is None:
+                raise Refused("there is no such operation")
             reply: dict[str, Any] = handler(request)
             return reply
         except Refused as refusal:
             return {"refused": str(refusal)}
         except OSError as error:
-            return {"refused": f"{error.strerror or 'the file system refuses'}"}
-
-    def end(self) -> NoReturn:
-        """Kill everything that runs here and leave."""
-        self.kill_all()
-        os._exit(0)
+            if request.get("op") in ("exec", "shell"):  # somebody took away what the supervisor needs
+                self.end()
+            return {"refused": error.strerror or "the file system refuses"}
+        except ValueError:  # a path that is no file name
+            return {"refused": "this is not a name that a file can have"}
 
     # -- programs --
 
@@ -385,190 +490,191 @@ class Server:
         return {}
 
     def do_exec(self, request: dict[str, Any]) -> dict[str, Any]:
-        if self.worker is not None and select.select([self.worker[1]], [], [], 0)[0]:
-            self.drop_worker()  # it died since its last cell
-        pid, pidfd, link = self.ready_worker()
-        reads, writes = self.pipes()
-        order = {"id": request["id"], "op": "exec", "code": str(request["code"]), "output": self.output_bytes}
-        try:
-            tell(link, order, writes)
-        except OSError:  # it died just now, or closed the link
-            pass
+        lost = False
+        if self.worker is not None and self.worker.pid in self.dead:  # since its last cell
+            lost = self.worker.used
+            self.drop_worker(0)
+        worker = self.ready_worker()
+        worker.used = True
+        reads, writes = pipes()
+        program = Program(self, worker.pid, reads, worker.link)
+        program.tell(str(request["code"]), writes)
         close_all(writes)
-        program = Program(self, pid, pidfd, link, self.limit(request))
-        status, reply = program.follow(reads)
-        close_all(reads)
-        out = self.finished(program, status)
-        if reply is None or reply.get("id") != request["id"]:
-            out["lost"], out["exit_code"], out["status"] = True, self.drop_worker(), status or "died"
+        program.follow(self.limit(request))
+        out = program.report()
+        if program.answer is None or program.status == "output_limit":
+            out["status"] = program.status or "died"
+            out["exit_code"] = self.drop_worker(program.began)
+            out["lost"] = True
             return out
         self.cells += 1
-        for name in ("value", "error"):
-            text = reply.get(name)
-            out[name] = _cut(text, self.output_bytes) if isinstance(text, str) else None
-        if status is None:
-            out["status"] = "ok" if reply.get("status") == "ok" else "error"
-        images = reply.get("images")
-        if isinstance(images, list):
-            out["images"] = images
+        how, value, error = program.answer
+        out["status"] = program.status or ("ok" if how == b"o" else "error")
+        out["value"] = None if value is None else _cut(value, self.output_bytes)
+        out["error"] = None if error is None else _cut(error, self.output_bytes)
+        out["lost"] = lost
         return out
 
     def do_shell(self, request: dict[str, Any]) -> dict[str, Any]:
-        reads, writes = self.pipes()
-        null = os.open(os.devnull, os.O_RDONLY)
-        pid = os.fork()
+        command = str(request["command"]).encode("utf-8", "surrogatepass")
+        if b"\0" in command:
+            raise Refused("a command cannot hold a NUL character")
+        reads, writes = pipes()
+        pid = self.fork()
         if pid == 0:
             try:
                 os.setsid()
-                to_program(null, writes)
+                as_prey()
+                for fd, stream in zip(writes, (1, 2)):
+                    os.dup2(fd, stream)
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
-                os.chdir(self.workspace)
-                os.execve("/bin/sh", ["sh", "-c", str(request["command"])], self.environment)
+                os.execve("/bin/sh", [b"sh", b"-c", command], os.environ)
+            except OSError as error:
+                os.write(2, f"sh: {error.strerror}\n".encode())
             finally:
-                os._exit(127)
-        close_all((*writes, null))
-        pidfd = os.pidfd_open(pid)
-        program = Program(self, pid, pidfd, None, self.limit(request))
-        status, _ = program.follow(reads)
-        close_all(reads)
-        if status in ("timeout_killed", "output_limit"):
-            self.kill_tree(pid)
-        code = wait_for(pid)
-        os.close(pidfd)
-        out = self.finished(program, status)
-        out["exit_code"] = code
-        if status is None:
+                os._exit(126)
+        self.kin.add(pid)
+        close_all(writes)
+        program = Program(self, pid, reads)
+        program.follow(self.limit(request))
+        if program.status in ("timeout_killed", "output_limit"):
+            self.kill(self.spared(), pid, program.began)
+        out = program.report()
+        code = out["exit_code"] = self.forget(pid)
+        if program.status is None:
             out["status"] = "ok" if code == 0 else "error"
         return out
-
-    def finished(self, program: Program, status: str | None) -> dict[str, Any]:
-        """The part of a reply that every program has."""
-        (stdout, more), (stderr, most) = (stream.text() for stream in program.streams)
-        return {"status": status, "stdout": stdout, "stderr": stderr, "dropped": more + most, "lost": False}
 
     def limit(self, request: dict[str, Any]) -> float:
         seconds = request.get("seconds")
         return min(float(seconds), self.most_seconds) if isinstance(seconds, (int, float)) else self.most_seconds
 
-    def pipes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Fresh pipes for stdout and stderr: what an earlier program left running cannot write into them."""
-        out, err = os.pipe(), os.pipe()
-        return (out[0], err[0]), (out[1], err[1])
+    def hush(self, fd: int) -> None:
+        """Throw away what a program's leftovers write into its pipe; at its end, or beyond the budget, close it."""
+        for _ in range(16):
+            try:
+                data = os.read(fd, CHUNK)
+            except BlockingIOError:
+                break
+            self.late[fd] -= len(data)
+            if not data or self.late[fd] < 0:
+                self.drop(fd)
+                return
+        while len(self.late) > MOST_LATE:
+            self.drop(next(iter(self.late)))
 
-    # -- workers --
+    def drop(self, fd: int) -> None:
+        self.late.pop(fd, None)
+        self.poll.unregister(fd)
+        os.close(fd)
 
-    def ready_worker(self) -> tuple[int, int, socket.socket]:
-        """The worker; a fresh one where the last one is gone."""
+    # -- processes --
+
+    def fork(self) -> int:
+        """os.fork(), which makes room in a sandbox that is full of processes: first what was left running goes."""
+        for spared in (self.spared(), ()):
+            try:
+                return os.fork()
+            except OSError:
+                self.kill(spared)
+        return os.fork()
+
+    def ready_worker(self) -> Worker:
+        """The worker; a fresh one where there is none."""
         if self.worker is None:
-            self.worker = self.start_worker()
+            ours, theirs = socket.socketpair()
+            pid = self.fork()
+            if pid == 0:
+                try:
+                    become_worker(theirs, self.workspace, self.cells)
+                finally:
+                    os._exit(1)
+            theirs.close()
+            self.kin.add(pid)
+            self.worker = Worker(pid, ours)
         return self.worker
 
-    def start_worker(self) -> tuple[int, int, socket.socket]:
-        ours, theirs = socket.socketpair()
-        null = os.open(os.devnull, os.O_RDWR)
-        try:
-            pid = os.fork()
-        except OSError:  # the sandbox is full of processes: make room, then it must work
-            self.kill_all()
-            pid = os.fork()
-        if pid == 0:
-            try:
-                self.become_worker(theirs, null)
-            finally:
-                os._exit(1)
-        theirs.close()
-        os.close(null)
-        return pid, os.pidfd_open(pid), ours
-
-    def become_worker(self, theirs: socket.socket, null: int) -> None:
-        os.setsid()
-        set_dumpable(1)
-        try:
-            with open("/proc/self/oom_score_adj", "w") as file:  # the kernel is to take this one, not the supervisor
-                file.write("1000")
-        except OSError:
-            pass
-        to_program(null, (null, null))
-        os.dup2(theirs.detach(), 3)
-        os.closerange(4, 4096)
-        os.environ.clear()
-        os.environ.update(self.environment)
-        os.chdir(self.workspace)
-        sys.argv[:] = [""]
-        sys.path.insert(0, self.workspace)
-        for name, fd, mode, buffering in (("stdin", 0, "r", -1), ("stdout", 1, "w", 1), ("stderr", 2, "w", 1)):
-            stream = open(fd, mode, buffering, encoding="utf-8", errors="replace", closefd=False)
-            setattr(sys, name, stream)
-            setattr(sys, f"__{name}__", stream)
-        run_worker(socket.socket(fileno=3), self.cells)
-
-    def drop_worker(self) -> int | None:
-        """End the worker and everything it started. Returns how its process ended, None where that was here."""
-        if self.worker is None:
+    def drop_worker(self, since: int) -> int | None:
+        """End the worker, what is below it, and what began at tick `since` or later. Returns its exit code."""
+        worker, self.worker = self.worker, None
+        if worker is None:
             return None
-        pid, pidfd, link = self.worker
-        self.worker = None
-        code = wait_for(pid) if select.select([pidfd], [], [], 0)[0] else None
-        self.kill_all(spare=[pid for pid, _ in self.snapshots.values()])
-        link.close()
-        os.close(pidfd)
-        return code
+        self.kill([snapshot.pid for snapshot in self.snapshots.values()], worker.pid, since)
+        worker.link.close()
+        return self.forget(worker.pid)
 
     def interrupt(self, pid: int) -> None:
-        for send in (os.killpg, os.kill):
+        if pid not in self.dead:
             try:
-                send(pid, signal.SIGINT)
-            except OSError:
-                pass
-            else:
-                return
+                os.killpg(pid, signal.SIGINT)
+            except OSError:  # it has not come to its setsid
+                os.kill(pid, signal.SIGINT)
 
-    def kill_all(self, spare: Sequence[int] = ()) -> None:
-        """Kill every process of the session, those in `spare` apart."""
-        if self.alone and not spare:
-            for _ in range(100):
+    def spared(self) -> list[int]:
+        """Who is not part of a shell command."""
+        workers = list(self.snapshots.values())
+        if self.worker is not None:
+            workers.append(self.worker)
+        return [worker.pid for worker in workers]
+
+    def bury(self) -> bool:
+        """Reap the dead. False where there are no children left."""
+        try:
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return True
+                if pid in self.kin:
+                    self.dead[pid] = -os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        except ChildProcessError:
+            return False
+
+    def forget(self, pid: int) -> int | None:
+        """The exit code of a child of which nobody will ask again."""
+        self.kin.discard(pid)
+        return self.dead.pop(pid, None)
+
+    def kill(self, spared: Collection[int] = (), top: int = 0, since: int = 0) -> None:
+        """Kill the process `top` with everything below it, and what began at tick `since` or later: without these
+        two, everything. The processes in `spared` and those below them stay."""
+        deadline = time.monotonic() + KILLING
+        if self.alone and not (spared or top):
+            while self.bury() and time.monotonic() < deadline:
                 try:
                     os.kill(-1, signal.SIGKILL)  # all but us and process 1, at once: nothing can fork in between
-                except ProcessLookupError:
-                    break
                 except OSError:
                     pass
-                if not reap():
-                    time.sleep(0.001)
-        else:
-            self.kill_tree(os.getpid(), spare, root=False)
-
-    def kill_tree(self, top: int, spare: Sequence[int] = (), root: bool = True) -> None:
-        """Kill `top` (where `root`) and its descendants. Orphans come to us, so none is ever out of sight."""
-        deadline = time.monotonic() + 5
-        while time.monotonic() < deadline:
-            found = [pid for pid in descendants(top) if pid not in spare]
-            if root:
-                found.append(top)
-                root = False
-            for number in (signal.SIGSTOP, signal.SIGKILL):  # stopped first, so that none forks on meanwhile
-                for pid in found:
-                    try:
-                        os.kill(pid, number)
-                    except OSError:
-                        pass
-            reap(top)
-            if not found:
+                time.sleep(0.0003)
+            return
+        while True:
+            stopped: set[int] = set()
+            while True:  # to a standstill first, so that nothing forks on while its siblings die
+                fresh = [pid for pid in family(os.getpid(), spared, top, since) if pid not in stopped]
+                for pid in fresh:
+                    send(pid, signal.SIGSTOP)
+                stopped.update(fresh)
+                if not fresh or time.monotonic() > deadline:
+                    break
+            for pid in stopped:
+                send(pid, signal.SIGKILL)
+            self.bury()
+            if not stopped or time.monotonic() > deadline:
                 return
+            time.sleep(0.0003)
 
     # -- files --
 
     def place(self, path: object, *, make: bool = False) -> tuple[int, str]:
         """(folder's fd, last name) of a path in the workspace, with no link followed on the way."""
-        if not isinstance(path, str) or "\0" in path:
-            raise Refused("a path is text without NUL")
+        if not isinstance(path, str) or "\0" in path or len(path) > 4096:
+            raise Refused("a path is text of at most 4096 characters without NUL")
         if path == self.workspace or path.startswith(self.workspace + "/"):
             path = path[len(self.workspace) :].lstrip("/")
         parts = [part for part in path.split("/") if part not in ("", ".")]
         if path.startswith("/") or ".." in parts or not parts:
             raise Refused(f"the path must stay in {self.workspace}")
-        folder = os.open(self.workspace, os.O_RDONLY | os.O_DIRECTORY)
+        folder = os.open(self.workspace, FOLDER)
         try:
             for part in parts[:-1]:
                 if make:
@@ -576,12 +682,15 @@ class Server:
                         os.mkdir(part, dir_fd=folder)
                     except FileExistsError:
                         pass
-                inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                inner = os.open(part, FOLDER, dir_fd=folder)
                 os.close(folder)
                 folder = inner
         except OSError as error:
             os.close(folder)
             raise Refused(f"{path}: {error.strerror}") from None
+        except ValueError:
+            os.close(folder)
+            raise
         return folder, parts[-1]
 
     def do_read(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -597,25 +706,25 @@ class Server:
             if not stat.S_ISREG(found.st_mode):
                 raise Refused(f"{request['path']}: not a regular file")
             data = os.pread(fd, min(int(request["size"]), 1 << 20), int(request["offset"]))
-            return {"data": base64.b64encode(data).decode(), "size": found.st_size}
+            return {"data": binascii.b2a_base64(data, newline=False).decode(), "size": found.st_size}
         finally:
             os.close(fd)
 
     def do_write(self, request: dict[str, Any]) -> dict[str, Any]:
+        """One piece of a file, into a draft that is renamed after the last: nobody sees half of it."""
         folder, name = self.place(request["path"], make=True)
-        draft = ".agentrl-" + name[:200]
+        draft = ".agentrl-" + str(request["draft"])
+        offset, data = int(request["offset"]), memoryview(binascii.a2b_base64(request["data"]))
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
-            first = int(request["offset"]) == 0
-            fd = os.open(draft, flags | (os.O_TRUNC if first else 0), 0o644, dir_fd=folder)
+            fresh = os.O_CREAT | os.O_EXCL if offset == 0 else 0
+            fd = os.open(draft, os.O_WRONLY | os.O_NOFOLLOW | fresh, 0o644, dir_fd=folder)
             try:
-                data = base64.b64decode(request["data"])
-                done = 0
-                while done < len(data):
-                    done += os.pwrite(fd, data[done:], int(request["offset"]) + done)
+                while data:
+                    done = os.pwrite(fd, data, offset)
+                    offset, data = offset + done, data[done:]
             finally:
                 os.close(fd)
-            if request.get("last", True):
+            if request["last"]:
                 os.rename(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
             return {}
         except OSError as error:
@@ -629,28 +738,29 @@ class Server:
 
     def do_files(self, request: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, int] = {}
-        for folder, inner, names, fd in os.fwalk(self.workspace):
-            inner.sort()
-            for name in sorted(names):
-                try:
-                    entry = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                except OSError:
-                    continue
-                if stat.S_ISREG(entry.st_mode):
-                    found[_clean(os.path.relpath(os.path.join(folder, name), self.workspace))] = entry.st_size
-                if len(found) >= MOST_FILES:
-                    return {"files": found}
+        room = MOST_NAMES
+        for path, entry, _ in walk(self.workspace):
+            if stat.S_ISREG(entry.st_mode):
+                name = path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+                room -= 8 * len(name) + 32
+                if len(found) >= MOST_FILES or room < 0:
+                    break
+                found[name] = entry.st_size
         return {"files": found}
 
     # -- starting over, and going back --
 
     def do_reset(self, request: dict[str, Any]) -> dict[str, Any]:
-        self.drop_worker()
-        self.kill_all()
-        for _, link in self.snapshots.values():
-            link.close()
+        self.kill()
+        for worker in (self.worker, *self.snapshots.values()):
+            if worker is not None:
+                worker.link.close()
+        self.worker = None
         self.snapshots.clear()
-        reap()
+        self.kin.clear()
+        self.dead.clear()
+        for fd in list(self.late):
+            self.drop(fd)
         empty(self.tmp)
         empty(self.workspace)
         self.cells = 0
@@ -659,57 +769,121 @@ class Server:
 
     def do_snapshot(self, request: dict[str, Any]) -> dict[str, Any]:
         name = str(request["name"])
+        worker = self.ready_worker()
         ours, theirs = socket.socketpair()
-        worker = self.ready_worker()[2]
-        tell(worker, {"id": request["id"], "op": "freeze"}, [theirs.fileno()])
-        theirs.close()
-        worker.settimeout(self.most_seconds)
+        frozen = None
         try:
-            (length,) = LENGTH.unpack(_exactly(worker.recv, 4))
-            reply = json.loads(_exactly(worker.recv, min(length, MOST_REPLY)))
-            pid = reply["pid"]
-        except (OSError, EOFError, ValueError, KeyError, TypeError):
-            pid = None
-        finally:
-            worker.settimeout(None)
-        if pid not in descendants(os.getpid()):
+            worker.link.sendmsg([ORDER.pack(b"f", bytes(16), 0, 0)], [_rights([theirs.fileno()])])
+            theirs.close()
+            frozen = self.met(ours, worker.used)
+            self.take(worker.link, ANSWER.size)
+        except (OSError, EOFError):
+            pass
+        if frozen is None:
             ours.close()
             raise Refused("the session's process cannot be copied")
-        ours.settimeout(self.most_seconds)
-        self.snapshots[name] = (pid, ours)
-        copy_tree(self.workspace, self.kept(name))
+        try:
+            copy_tree(self.workspace, self.kept(name))
+        except Refused:
+            self.release(frozen)
+            raise
+        self.snapshots[name] = frozen
         return {}
 
     def do_restore(self, request: dict[str, Any]) -> dict[str, Any]:
         name = str(request["name"])
-        if name not in self.snapshots:
-            raise Refused("this snapshot is gone: a program was killed, or the sandbox was reset")
-        _, link = self.snapshots[name]
-        self.drop_worker()
+        frozen = self.snapshots.get(name)
+        if frozen is None or frozen.pid in self.dead:
+            raise Refused("this snapshot is gone: the sandbox was reset, or a program killed it")
         ours, theirs = socket.socketpair()
         try:
-            socket.send_fds(link, [LENGTH.pack(0)], [theirs.fileno()])
+            frozen.link.sendmsg([b"t"], [_rights([theirs.fileno()])])
             theirs.close()
-            (child,) = LENGTH.unpack(_exactly(link.recv, 4))
-            if child not in descendants(os.getpid()):
-                raise EOFError
+            thawed = self.met(ours, frozen.used)
         except (OSError, EOFError):
+            thawed = None
+        if thawed is None:
             ours.close()
-            raise Refused("this snapshot does not answer") from None
-        self.worker = (child, os.pidfd_open(child), ours)
-        empty(self.workspace)
+            raise Refused("this snapshot does not answer")
+        self.kill([thawed.pid, *(snapshot.pid for snapshot in self.snapshots.values())])
+        if self.worker is not None:
+            self.release(self.worker)
+        self.worker = thawed
         copy_tree(self.kept(name), self.workspace)
         return {}
 
+    def met(self, link: socket.socket, used: bool) -> Worker | None:
+        """The copy that introduces itself on `link`; None where it is no child of ours. Raises `OSError`, `EOFError`."""
+        (pid,) = LENGTH.unpack(self.take(link, LENGTH.size))
+        if pid in self.kin or born(pid, os.getpid()) is None:
+            return None
+        self.kin.add(pid)
+        return Worker(pid, link, used)
+
+    def take(self, link: socket.socket, size: int) -> bytes:
+        """`size` bytes from a worker, within the time that a program has. Raises `OSError` or `EOFError`."""
+        deadline = time.monotonic() + self.most_seconds
+
+        def read(most: int) -> bytes:
+            link.settimeout(max(0.001, deadline - time.monotonic()))
+            return link.recv(most)
+
+        try:
+            return _exactly(read, size)
+        finally:
+            link.setblocking(False)
+
+    def release(self, worker: Worker) -> None:
+        """End a process of ours of which nothing is wanted any more."""
+        send(worker.pid, signal.SIGKILL)
+        worker.link.close()
+        self.forget(worker.pid)
+
     def kept(self, name: str) -> str:
-        return os.path.join(self.tmp, ".agentrl-" + "".join(c for c in name if c.isalnum()))
+        return os.path.join(self.tmp, ".agentrl-" + "".join(letter for letter in name if letter.isalnum()))
 
 
-def tell(link: socket.socket, order: dict[str, Any], fds: Sequence[int]) -> None:
-    """Send a worker an order, with fds."""
-    body = json.dumps(order).encode()
-    socket.send_fds(link, [LENGTH.pack(len(body))], fds)
-    link.sendall(body)
+# -- small things ------------------------------------------------------------------------------------------------------
+
+
+def become_worker(theirs: socket.socket, workspace: str, cells: int) -> NoReturn:
+    """In a fresh fork of the supervisor: leave nothing of it within reach, then run cells."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()
+    prctl(PR_SET_DUMPABLE, 1)
+    as_prey()
+    os.dup2(theirs.detach(), 3, False)
+    os.closerange(4, 4096)
+    for name, fd, mode, buffering in (("stdin", 0, "r", -1), ("stdout", 1, "w", 1), ("stderr", 2, "w", 1)):
+        stream = open(fd, mode, buffering, encoding="utf-8", errors="replace", closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    sys.argv[:] = [""]
+    sys.path.insert(0, workspace)
+    run_worker(socket.socket(fileno=3), cells)
+    os._exit(0)
+
+
+def as_prey() -> None:
+    """Let the kernel take this process before the supervisor, and run it after."""
+    try:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+        os.nice(NICE)
+    except OSError:
+        pass
+
+
+def _rights(fds: Sequence[int]) -> tuple[int, int, bytes]:
+    """`fds` as what goes along with a message."""
+    return socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds)
+
+
+def pipes() -> tuple[tuple[int, int], tuple[int, int]]:
+    """((stdout, stderr) to read, the same to write)."""
+    out, err = os.pipe(), os.pipe()
+    return (out[0], err[0]), (out[1], err[1])
 
 
 def close_all(fds: Sequence[int]) -> None:
@@ -717,86 +891,197 @@ def close_all(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def to_program(null: int, outputs: tuple[int, int]) -> None:
-    """fds 0, 1 and 2 of a process that is to run somebody's code."""
-    os.dup2(null, 0)
-    os.dup2(outputs[0], 1)
-    os.dup2(outputs[1], 2)
-
-
-def wait_for(pid: int) -> int | None:
-    """Reap `pid`, which is dead or dying; its exit code, negative for a signal, None where somebody else reaped it."""
+def send(pid: int, number: int) -> None:
     try:
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        os.kill(pid, number)
     except OSError:
-        return None
+        pass
 
 
-def reap(but: int = 0) -> bool:
-    """Collect the dead, except the child `but`. True while there are living children."""
-    try:
-        while True:
-            found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if found is None or found.si_pid == but:
-                return True
-            os.waitpid(found.si_pid, 0)
-    except ChildProcessError:
-        return False
-
-
-def descendants(top: int) -> list[int]:
-    """Pids of everything below `top`, zombies left out."""
-    children: dict[int, list[int]] = {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                with open(f"/proc/{name}/stat", "rb") as file:
-                    state, parent = file.read().rpartition(b")")[2].split()[:2]
-            except OSError:
+def family(top: int, spared: Collection[int], wanted: int, since: int) -> list[int]:
+    """Living processes below `top`: `wanted` and those below it, and whatever began at tick `since` or later; those in
+    `spared`, and below them, left out."""
+    found = []
+    below = [(top, False)]
+    while below:
+        parent, inside = below.pop()
+        for pid in children(parent):
+            if pid in spared:
                 continue
-            if state != b"Z":
-                children.setdefault(int(parent), []).append(int(name))
-    found = list(children.get(top, ()))
-    for pid in found:
-        found += children.get(pid, ())
+            chosen = inside or pid == wanted
+            begin = born(pid, parent)
+            if begin is not None and (chosen or begin >= since):
+                found.append(pid)
+            below.append((pid, chosen))
     return found
 
 
-def empty(folder: str) -> None:
-    """Remove what is in `folder`, without following links, whatever its permissions are."""
-    with os.scandir(folder) as entries:
-        for entry in list(entries):
+def children(parent: int) -> list[int]:
+    try:
+        tasks = os.listdir(f"/proc/{parent}/task")
+        return [int(pid) for task in tasks for pid in text_of(f"/proc/{parent}/task/{task}/children").split()]
+    except OSError:
+        if LISTED:  # the process is gone
+            return []
+        return [int(name) for name in os.listdir("/proc") if name.isdigit() and born(int(name), parent) is not None]
+
+
+def born(pid: int, parent: int) -> int | None:
+    """When the child `pid` of `parent` began, in the kernel's ticks; None for one that is dead, or another's child."""
+    try:
+        words = text_of(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    except OSError:
+        return None
+    # A process whose main thread has ended looks like a dead one, but for its other threads.
+    dead = words[0] in (b"Z", b"X") and int(words[17]) <= 1
+    return None if dead or int(words[1]) != parent else int(words[19])
+
+
+def text_of(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:
+        return file.read()
+
+
+LISTED = os.path.exists(f"/proc/self/task/{os.getpid()}/children")
+
+
+def walk(top: str) -> Iterator[tuple[str, os.stat_result, int]]:
+    """(path below `top`, what it is, its folder's fd) of everything in there, folders before what is in them, in order.
+    No link is followed. What lies deeper than `MOST_DEPTH` folders is left out."""
+    fds = [os.open(top, FOLDER)]
+    left: list[list[str]] = [sorted(os.listdir(fds[0]), reverse=True)]
+    way: list[str] = []
+    try:
+        while left:
+            if not left[-1]:
+                left.pop()
+                os.close(fds.pop())
+                if way:
+                    way.pop()
+                continue
+            name = left[-1].pop()
             try:
-                if entry.is_dir(follow_symlinks=False):
-                    os.chmod(entry.path, 0o700)
-                    empty(entry.path)
-                    os.rmdir(entry.path)
-                else:
-                    os.unlink(entry.path)
+                entry = os.stat(name, dir_fd=fds[-1], follow_symlinks=False)
+            except OSError:
+                continue
+            yield "/".join((*way, name)), entry, fds[-1]
+            if stat.S_ISDIR(entry.st_mode) and len(fds) <= MOST_DEPTH:
+                try:
+                    fd = os.open(name, FOLDER, dir_fd=fds[-1])
+                except OSError:
+                    continue
+                fds.append(fd)
+                left.append(sorted(os.listdir(fd), reverse=True))
+                way.append(name)
+    finally:
+        close_all(fds)
+
+
+def empty(folder: str) -> None:
+    """Remove what is in `folder`, whatever its permissions and however deep. No link is followed.
+
+    A folder's folders are first moved to the top, so that the path to what is removed next never grows."""
+    top = os.open(folder, FOLDER)
+    moved = 0
+    try:
+        waiting = os.listdir(top)
+        while waiting:
+            name = waiting.pop()
+            try:
+                os.unlink(name, dir_fd=top)
+                continue
             except OSError:
                 pass
+            try:
+                os.chmod(name, 0o700, dir_fd=top)
+                fd = os.open(name, FOLDER, dir_fd=top)
+            except OSError:
+                continue
+            try:
+                for inner in os.listdir(fd):
+                    try:
+                        os.unlink(inner, dir_fd=fd)
+                        continue
+                    except OSError:
+                        pass
+                    moved += 1
+                    fresh = f".agentrl-{moved}-{os.getpid()}"
+                    try:
+                        os.chmod(inner, 0o700, dir_fd=fd)
+                        os.rename(inner, fresh, src_dir_fd=fd, dst_dir_fd=top)
+                        waiting.append(fresh)
+                    except OSError:
+                        pass
+                os.rmdir(name, dir_fd=top)
+            except OSError:
+                pass
+            finally:
+                os.close(fd)
+    finally:
+        os.close(top)
 
 
 def copy_tree(source: str, target: str) -> None:
-    """Make `target` a copy of `source`. Raises `Refused` where there is no room."""
-    import shutil
-
+    """Make `target` hold what `source` holds: files, folders and links. Raises `Refused` where there is no room."""
     try:
         os.makedirs(target, exist_ok=True)
         empty(target)
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
-    except (OSError, shutil.Error):
-        raise Refused("the workspace cannot be copied: there is no room for a second one") from None
+        for path, entry, folder in walk(source):
+            there, name = os.path.join(target, path), os.path.basename(path)
+            if stat.S_ISDIR(entry.st_mode):
+                os.mkdir(there)
+            elif stat.S_ISLNK(entry.st_mode):
+                os.symlink(os.readlink(name, dir_fd=folder), there)
+            elif stat.S_ISREG(entry.st_mode):
+                reads = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
+                writes = os.open(there, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, entry.st_mode & 0o777)
+                try:
+                    while os.sendfile(writes, reads, None, 1 << 20):  # type: ignore[arg-type]
+                        pass
+                    os.utime(writes, ns=(entry.st_atime_ns, entry.st_mtime_ns))
+                finally:
+                    close_all((reads, writes))
+    except OSError as error:
+        raise Refused(f"the workspace cannot be copied: {error.strerror}") from None
 
 
-def set_dumpable(value: int) -> None:
-    """Whether processes of our uid may look into this one (/proc/PID/mem, ptrace)."""
-    import ctypes
+class _Plain:
+    """How JSON is read: as it is, with numbers of a sane length."""
 
-    libc = ctypes.CDLL(None)
-    libc.prctl(4, value, 0, 0, 0)  # PR_SET_DUMPABLE
-    if not value:
-        libc.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    strict, object_hook, object_pairs_hook, parse_float, parse_int, parse_constant = True, None, None, float, int, float
+    memo: dict[str, str] = {}  # noqa: RUF012  what the C code wants
+
+
+_scan = _json.make_scanner(_Plain())
+_encode = _json.make_encoder(None, None, _json.encode_basestring, None, ":", ",", False, False, False)
+
+
+def loads(text: str) -> Any:
+    return _scan(text, 0)[0]
+
+
+def dumps(value: dict[str, Any]) -> str:
+    return "".join(_encode(value, 0))
+
+
+PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
+_prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
+
+
+def prctl(option: int, value: int) -> None:
+    if _ctypes.call_cdeclfunction(_prctl, (option, value, 0, 0, 0)) != 0:
+        raise OSError(f"prctl({option}, {value}) failed")
+
+
+def load(names: Sequence[str]) -> list[str]:
+    """Import modules; those that cannot be, each with the reason."""
+    absent = []
+    for name in names:
+        try:
+            __import__(name)
+        except Exception as error:  # whatever a package's own code raises
+            absent.append(f"{name} ({error})"[:200])
+    return absent
 
 
 def packages() -> Iterator[str]:
@@ -811,26 +1096,43 @@ def packages() -> Iterator[str]:
 
 def main() -> None:
     how, where, text = sys.argv[1:4]
-    options = json.loads(text)
+    options = loads(text)
+    prctl(PR_SET_DUMPABLE, 0)  # processes of our uid may not look into this one
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become ours, so that none is ever out of sight
     if how == "--fd":
-        channel = socket.socket(fileno=int(where))
+        channel = socket.socket(fileno=os.dup(int(where)))  # a low number, which workers close
+        os.close(int(where))
     else:
         channel = socket.socket(socket.AF_UNIX)
         channel.connect(where)
-    channel.set_inheritable(False)
-    set_dumpable(0)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    os.close(null)
     import resource
 
     for name, value in {"RLIMIT_CORE": 0, **options.get("rlimits", {})}.items():
         resource.setrlimit(getattr(resource, name), (value, value))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    del sys.path[0]  # where this file lies
+    workspace, tmp = options.get("workspace", "/workspace"), options.get("tmp", "/tmp")
+    os.environ.clear()
+    os.environ.update(
+        {
+            "PATH": "/usr/local/bin:/usr/bin:/bin",
+            "HOME": workspace,
+            "TMPDIR": tmp,
+            "LANG": "C.UTF-8",
+            "PYTHONUNBUFFERED": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+            "MPLBACKEND": "agg",
+            "PYTHONPATH": PACKAGES,
+            **options.get("env", {}),
+        }
+    )
+    os.chdir(workspace)
     sys.path += [folder for folder in (*options.get("path", ()), *packages()) if os.path.isdir(folder)]
-    for name in options.get("preload", ()):
-        try:
-            __import__(name)
-        except ImportError:
-            pass
+    builtins.exit = builtins.quit = sys.exit  # what `site` would have defined
     Server(channel, options).serve()
 
 

@@ -247,11 +247,14 @@ class Session:
                 return bytes(data)
 
     async def write(self, path: str, data: bytes) -> None:
+        nonce = secrets.token_hex(8)
         for offset in range(0, max(1, len(data)), PIECE):
             piece = data[offset : offset + PIECE]
             last = offset + PIECE >= len(data)
             text = base64.b64encode(piece).decode()
-            await self._chore({"op": "write", "path": path, "offset": offset, "data": text, "last": last})
+            await self._chore(
+                {"op": "write", "path": path, "offset": offset, "data": text, "last": last, "draft": nonce}
+            )
 
     async def files(self) -> dict[str, int]:
         found = (await self._chore({"op": "files"})).get("files")
