@@ -1,12 +1,13 @@
 """The session server: runs *inside* a sandbox, standard library only, one file.
 
-    python3 -I -S -E server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'
+    python3 -S -s server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'
 
 A *supervisor* holds the channel to the host and never runs anybody's code. It forks *workers*: a worker keeps one
 persistent namespace and runs the cells that it is sent; a shell command is a process of its own. Programs have the
-supervisor's uid, so they may kill it (the host then sees the channel close), but they cannot read it, and nothing they
-do makes it wait for ever or grow: it reads their pipes with a clock and a budget, and believes nothing that it reads.
-Each program gets pipes of its own, so that what an earlier one left running is never heard in its place.
+supervisor's uid. Where it is process 1 of its namespace they cannot kill it; elsewhere they can, and the host sees the
+channel close. They can never read it, and nothing they do makes it wait for ever or grow: it reads their pipes with a
+clock and a budget, and believes nothing that it reads. Each program gets pipes of its own, so that what an earlier one
+left running is never heard in its place.
 
 Frames on the channel: 4-byte big-endian length, then a JSON object; see `sandboxes/session.py`. Every sandbox waits for
 the imports below, so there are C modules where the modules around them would bring `re` and `enum` along, which take
@@ -15,8 +16,6 @@ longer than the rest of the start.
 
 from __future__ import annotations
 
-import _ctypes
-import _json
 import binascii
 import builtins
 import os
@@ -32,7 +31,12 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Collection, Iterator, Sequence
     from typing import Any, NoReturn
+
+    _ctypes: Any
+    _json: Any
 else:
+    import _ctypes
+    import _json
     import _signal as signal
     import _socket as socket
 
@@ -69,7 +73,7 @@ def run_worker(link: socket.socket, number: int) -> None:
     namespace["__builtins__"] = builtins
     sources: dict[str, str] = {}
     # Local names: programs may change the modules in which these were found.
-    cell, frozen, exactly, order, pack, unpack = _cell, _frozen, _exactly, ORDER, ANSWER.pack, struct.unpack
+    cell, frozen, exactly, order, pack, integers = _cell, _frozen, _exactly, ORDER, ANSWER.pack, struct.iter_unpack
     fork, getpid, leave, dup2, close, open_, null = os.fork, os.getpid, os._exit, os.dup2, os.close, os.open, os.devnull
     set_signal, sigint, ignore, interrupt = signal.signal, signal.SIGINT, signal.SIG_IGN, signal.default_int_handler
     set_timer, waitpid, room, flags = signal.setitimer, os.waitpid, socket.CMSG_SPACE(8), socket.MSG_WAITALL
@@ -79,13 +83,14 @@ def run_worker(link: socket.socket, number: int) -> None:
         if len(head) < order.size:
             leave(0)
         what, nonce, longest, size = order.unpack(head)
-        fds = [fd for _, _, data in aside for (fd,) in struct.iter_unpack("i", data)]
+        fds = [fd for _, _, data in aside for (fd,) in integers("i", data)]
         how, value, error = b"o", None, None
         if what == b"x":
             code = exactly(link.recv, size).decode("utf-8", "surrogatepass")
-            for fd, stream in zip(fds, (1, 2)):
-                dup2(fd, stream)
-                close(fd)
+            dup2(fds[0], 1)
+            dup2(fds[1], 2)
+            close(fds[0])
+            close(fds[1])
             number += 1
             name = f"<cell {number}>"
             sources[name] = code
@@ -101,7 +106,7 @@ def run_worker(link: socket.socket, number: int) -> None:
             set_timer(0, 0.0)  # an alarm that it set and forgot would end this loop
             if getpid() != me:  # the cell forked, and this is the child, which has come to its end
                 leave(0)
-        else:  # "f": a copy of this process waits on the socket that was sent, and each "thaw" makes a copy that goes on
+        else:  # "f": a copy of this process waits on the socket that was sent
             try:
                 child = fork()
                 if child == 0:
@@ -267,8 +272,8 @@ class Program:
         self.status: str | None = None  # why it was stopped
         self.answer: tuple[bytes, str | None, str | None] | None = None  # how a cell ended, its value, its error
         self.began = int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
-        self.streams = [Output(server.output_bytes) for _ in reads]
-        self.pipes = dict(zip(reads, self.streams))
+        self.pipes = {fd: Output(server.output_bytes) for fd in reads}
+        self.streams = tuple(self.pipes.values())
         self.budget = server.read_bytes
         self.nonce, self.heard, self.unsent = b"", bytearray(), memoryview(b"")
 
@@ -370,11 +375,10 @@ class Program:
             if len(self.heard) > end:
                 return False
             if len(self.heard) == end:
-                parts = self.heard[ANSWER.size : split], self.heard[split:]
                 value, error = (
-                    None if size < 0 else part.decode("utf-8", "replace") for size, part in zip(sizes, parts)
+                    part.decode("utf-8", "replace") for part in (self.heard[ANSWER.size : split], self.heard[split:])
                 )
-                self.answer = how, value, error
+                self.answer = how, None if sizes[0] < 0 else value, None if sizes[1] < 0 else error
                 return True
 
     def report(self) -> dict[str, Any]:
@@ -525,8 +529,8 @@ class Server:
             try:
                 os.setsid()
                 as_prey()
-                for fd, stream in zip(writes, (1, 2)):
-                    os.dup2(fd, stream)
+                os.dup2(writes[0], 1)
+                os.dup2(writes[1], 2)
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.execve("/bin/sh", [b"sh", b"-c", command], os.environ)
@@ -813,7 +817,7 @@ class Server:
         return {}
 
     def met(self, link: socket.socket, used: bool) -> Worker | None:
-        """The copy that introduces itself on `link`; None where it is no child of ours. Raises `OSError`, `EOFError`."""
+        """The copy that introduces itself on `link`, None where it is not our child. Raises `OSError`, `EOFError`."""
         (pid,) = LENGTH.unpack(self.take(link, LENGTH.size))
         if pid in self.kin or born(pid, os.getpid()) is None:
             return None
@@ -1036,7 +1040,7 @@ def copy_tree(source: str, target: str) -> None:
                 reads = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
                 writes = os.open(there, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, entry.st_mode & 0o777)
                 try:
-                    while os.sendfile(writes, reads, None, 1 << 20):  # type: ignore[arg-type]
+                    while os.sendfile(writes, reads, None, 1 << 20):
                         pass
                     os.utime(writes, ns=(entry.st_atime_ns, entry.st_mtime_ns))
                 finally:
@@ -1127,12 +1131,16 @@ def main() -> None:
             "OMP_NUM_THREADS": "1",
             "MPLBACKEND": "agg",
             "PYTHONPATH": PACKAGES,
+            "PYTHONHASHSEED": "0",  # as in our own start: the order of sets is to be the same in a replay
             **options.get("env", {}),
         }
     )
     os.chdir(workspace)
+    if sys.path[0] == os.path.dirname(__file__):
+        del sys.path[0]
     sys.path += [folder for folder in (*options.get("path", ()), *packages()) if os.path.isdir(folder)]
-    builtins.exit = builtins.quit = sys.exit  # what `site` would have defined
+    for name in ("exit", "quit"):  # what `site` would have defined
+        setattr(builtins, name, sys.exit)
     Server(channel, options).serve()
 
 
