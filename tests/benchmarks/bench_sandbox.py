@@ -76,7 +76,7 @@ async def measure(name: str, sessions: int) -> dict[str, float]:
     await pool.start()
     warm = []
     for _ in range(20):
-        while pool.metrics()["ready"] < 8:
+        while pool.metrics()["ready"] < 8:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.05)
         begun = time.perf_counter()

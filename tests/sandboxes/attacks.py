@@ -255,7 +255,9 @@ LISTED = [
         STOPPED | DIED,
     ),
     Attack(
-        "kill_everybody", "import os, signal\nos.kill(-1, signal.SIGKILL)\nimport time; time.sleep(5)", DIED | STOPPED
+        "kill_everybody",
+        "import os, signal\nos.kill(-1, signal.SIGKILL)\nimport time; time.sleep(5)",
+        ERROR | DIED | STOPPED,
     ),
     Attack("kill_process_1", "kill -9 1; echo still here", SAID | DIED, shell=True),
     Attack(
