@@ -421,6 +421,7 @@ class Server:
         """Answer requests until the host is gone."""
         absent = load(self.preload)
         self.send({"hello": 1, "python": sys.version.split()[0], "absent": absent})
+        compile("", "", "exec", 0x400)  # makes the classes of syntax trees, once for all workers
         if not self.poll.poll(QUIET * 1000):
             load(COMMON)
         self.ready_worker()

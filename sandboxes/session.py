@@ -2,7 +2,9 @@
 
 Frames are a 4-byte big-endian length and a JSON object. One request is on its way at a time, each with a fresh nonce.
 Everything that comes back is checked: a frame that is no reply to the last request means that a program in there writes
-to the channel, and the sandbox is given up. What a backend built around the server is its `Vessel`.
+to the channel, and the sandbox is given up. A channel that ends, or stays silent, while a program runs is that
+program's doing; one that is found so, or that we ended ourselves, is not. What a backend built around the server is its
+`Vessel`.
 """
 
 from __future__ import annotations
@@ -17,20 +19,24 @@ import secrets
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Protocol, get_args
 
 from agentrl.content import Image
-from agentrl.errors import InfraError
+from agentrl.errors import InfraError, ToolError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits, PathError, Result, Status, Unsupported
 
 LENGTH = struct.Struct("!I")
-MOST_FRAME = 8 << 20  # bytes from inside
+MOST_ASKED = 8 << 20  # bytes of a request
+MOST_TOLD = 2 << 20  # bytes of a reply, beside a program's texts
+ESCAPED = 6  # bytes of JSON that one character may take
 PIECE = 512 << 10  # bytes of a file in one frame
 PATIENCE = 3.0  # seconds beyond a program's own limit after which the server must have answered
 CHORE = 30.0  # seconds for everything that runs no program
 MOST_IMAGES = 16
+MOST_FILES = 5000
 _STATUSES = frozenset(get_args(Status)) - {"protocol"}
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 log = logging.getLogger(__name__)
 
 
@@ -61,11 +67,14 @@ class _Garbage(Exception):
 
 
 class _Channel(asyncio.Protocol):
-    """Cuts the stream into frames for whoever waits; a frame that nobody waits for is garbage."""
+    """Cuts the stream into frames of at most `most` bytes for whoever waits; what nobody waits for is garbage."""
 
-    def __init__(self) -> None:
+    def __init__(self, connection: socket.socket, most: int) -> None:
         self.waiting: asyncio.Future[bytes] | None = None
         self.broken: Exception | None = None
+        self.on_end: Callable[[Exception], None] = lambda _: None  # called where nobody waits for an answer
+        self._connection = connection
+        self._most = most
         self._buffer = bytearray()
         self._length = -1
         self._transport: asyncio.Transport | None = None
@@ -85,7 +94,7 @@ class _Channel(asyncio.Protocol):
             if len(self._buffer) < LENGTH.size:
                 return
             (self._length,) = LENGTH.unpack_from(self._buffer)
-            if self._length > MOST_FRAME:
+            if self._length > self._most:
                 self.fail(_Garbage(f"a frame of {self._length} bytes"))
                 return
         if len(self._buffer) < LENGTH.size + self._length:
@@ -99,13 +108,25 @@ class _Channel(asyncio.Protocol):
         self.waiting.set_result(frame)
 
     def fail(self, error: Exception) -> None:
-        """The channel is of no use any more."""
+        """The channel is of no use any more: whoever waits is told."""
         if self.broken is None:
             self.broken = error
             if self._transport is not None:
                 self._transport.abort()
-            if self.waiting is not None and not self.waiting.done():
+            if self.waiting is None:
+                self.on_end(error)
+            elif not self.waiting.done():
                 self.waiting.set_exception(error)
+
+    def look(self) -> None:
+        """See what the event loop has not: that the channel has ended, or that somebody spoke out of turn."""
+        if self.broken is None:
+            try:
+                self.fail(_Garbage("unasked") if self._connection.recv(1, _PEEK) else _Gone("it closed its channel"))
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self.fail(_Gone(str(error)))
 
     def send(self, body: bytes) -> None:
         assert self._transport is not None
@@ -137,25 +158,37 @@ class Session:
         self._life = self._loop.call_later(limits.life, self._expire)
         self._over = ""  # why nothing more can be done here
         self._leaving: asyncio.Task[None] | None = None
+        channel.on_end = lambda error: self._doom(str(error))
 
     @classmethod
     async def start(
         cls, connection: socket.socket, vessel: Vessel, limits: Limits, ready_within: float = 20.0
     ) -> Session:
-        """A session over `connection`, once its server has said hello. Raises `InfraError`, the vessel destroyed."""
+        """A session over `connection`, once its server has said hello. Where it raises, the vessel was destroyed.
+
+        Raises `InfraError`, and `UsageError` where a module to preload cannot be imported in there.
+        """
         connection.setblocking(False)
         loop = asyncio.get_running_loop()
-        _, channel = await loop.create_unix_connection(_Channel, sock=connection)
+        channel = _Channel(connection, MOST_TOLD + 4 * ESCAPED * limits.output_bytes)
         session = cls(channel, vessel, limits)
         try:
+            await loop.create_unix_connection(lambda: channel, sock=connection)
             hello = json.loads(await channel.frame(loop, ready_within))
             session.python = str(hello["python"])[:40]
-        except (_Gone, _Garbage, ValueError, KeyError, TypeError) as error:
+            absent = [str(name)[:300] for name in hello.get("absent", ())]
+        except (_Gone, _Garbage, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             await session.close()
             raise InfraError(f"the sandbox {vessel.name} did not start: {error}") from error
         except asyncio.CancelledError:
             await session.close()
             raise
+        if absent:
+            await session.close()
+            raise UsageError(
+                f"preload: the sandbox's Python {session.python} cannot import {'; '.join(absent)}; "
+                "install it where the sandbox's packages come from, or take it out of the list"
+            )
         return session
 
     def __repr__(self) -> str:
@@ -167,7 +200,7 @@ class Session:
 
     @property
     def alive(self) -> bool:
-        return not self._over and self._channel.broken is None
+        return not self._over
 
     @property
     def enforcement(self) -> Enforcement:
@@ -182,14 +215,20 @@ class Session:
         return await self._run({"op": "shell", "command": command}, seconds)
 
     async def _run(self, request: dict[str, Any], seconds: float | None) -> Result:
-        allowed = min(seconds or self.limits.seconds, self.limits.seconds)
+        allowed = self.limits.seconds if seconds is None else min(seconds, self.limits.seconds)
+        if not allowed > 0:
+            raise UsageError(f"a program needs some time to run, not {seconds} seconds")
         begun = time.perf_counter()
         try:
             reply = await self._ask(request | {"seconds": allowed}, allowed + PATIENCE)
             return self._result(reply, time.perf_counter() - begun)
         except _Gone as gone:
+            if self._over:  # by us, while it ran
+                raise InfraError(f"the sandbox {self.name} is gone: {self._over}") from gone
             status: Status = "died"
             self._doom(str(gone))
+        except ToolError as wrong:
+            return Result("error", error=str(wrong))
         except _Garbage as garbage:
             status = "protocol"
             self._doom(f"a program wrote to its channel: {garbage}")
@@ -197,15 +236,18 @@ class Session:
 
     def _result(self, reply: Mapping[str, Any], seconds: float) -> Result:
         """A program's reply, every field checked. Raises `_Garbage`."""
-        status: Status = reply.get("status", "protocol")
-        code, dropped = reply.get("exit_code"), reply.get("dropped")
-        texts = [reply.get(name) for name in ("stdout", "stderr", "value", "error")]
-        if status not in _STATUSES or not all(text is None or isinstance(text, str) for text in texts):
-            raise _Garbage("a reply with fields of the wrong type")
-        if not isinstance(dropped, int) or not (code is None or isinstance(code, int)):
-            raise _Garbage("a reply with fields of the wrong type")
+        if "refused" in reply:
+            return Result("error", error=_text(reply["refused"], 500), seconds=seconds)
         longest = self.limits.output_bytes + 100  # with the note of what was left out
-        stdout, stderr, value, error = (None if text is None else text[:longest] for text in texts)
+        stdout, stderr, value, error = (
+            None if reply.get(name) is None else _text(reply[name], longest)
+            for name in ("stdout", "stderr", "value", "error")
+        )
+        code = reply.get("exit_code")
+        found = _text(reply.get("status"), 40)
+        if found not in _STATUSES:
+            raise _Garbage("an unknown status")
+        status: Status = found  # type: ignore[assignment]
         hit: tuple[LimitName, ...] = ("time",) if status.startswith("timeout") else ()
         if status == "output_limit":
             hit = ("output",)
@@ -217,9 +259,9 @@ class Session:
             stderr=stderr or "",
             value=value,
             error=error,
-            exit_code=code,
+            exit_code=None if code is None else _number(code, -255, 255),
             images=_images(reply.get("images")),
-            dropped=max(0, dropped),
+            dropped=_number(reply.get("dropped"), 0, 1 << 62),
             hit=hit,
             lost=reply.get("lost") is True,
             seconds=seconds,
@@ -231,36 +273,30 @@ class Session:
         data = bytearray()
         while True:
             reply = await self._chore({"op": "read", "path": path, "offset": len(data), "size": PIECE})
-            size, text = reply.get("size"), reply.get("data")
-            if not isinstance(size, int) or not isinstance(text, str):
-                raise self._lied()
-            if size > most:
-                raise PathError(f"{path}: {size} bytes, more than the {most} that may be read at once")
-            try:
-                piece = base64.b64decode(text, validate=True)
-            except binascii.Error:
-                raise self._lied() from None
+            with self._believing():
+                size = _number(reply.get("size"), 0, 1 << 62)
+                piece = base64.b64decode(_text(reply.get("data"), 2 * PIECE), validate=True)
             data += piece
-            if len(data) > most:
-                raise self._lied()
+            if size > most or len(data) > most:
+                raise PathError(f"{path}: {size} bytes, more than the {most} that may be read at once")
             if not piece or len(data) >= size:
                 return bytes(data)
 
     async def write(self, path: str, data: bytes) -> None:
-        nonce = secrets.token_hex(8)
+        draft = secrets.token_hex(8)
         for offset in range(0, max(1, len(data)), PIECE):
-            piece = data[offset : offset + PIECE]
+            text = base64.b64encode(data[offset : offset + PIECE]).decode()
             last = offset + PIECE >= len(data)
-            text = base64.b64encode(piece).decode()
-            await self._chore(
-                {"op": "write", "path": path, "offset": offset, "data": text, "last": last, "draft": nonce}
-            )
+            request = {"op": "write", "path": path, "offset": offset, "data": text, "draft": draft, "last": last}
+            await self._chore(request)
 
     async def files(self) -> dict[str, int]:
-        found = (await self._chore({"op": "files"})).get("files")
-        if not isinstance(found, dict) or not all(isinstance(size, int) for size in found.values()):
-            raise self._lied()
-        return {str(path): size for path, size in found.items()}
+        reply = await self._chore({"op": "files"})
+        with self._believing():
+            found = reply.get("files")
+            if not isinstance(found, dict) or len(found) > MOST_FILES:
+                raise _Garbage("a list of files that is none")
+            return {_text(path, 1 << 20): _number(size, 0, 1 << 62) for path, size in found.items()}
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -301,11 +337,15 @@ class Session:
 
     async def _ask(self, request: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Send a request and return its reply. Raises `InfraError` for a sandbox that was dead before."""
+        nonce = secrets.token_hex(16)
+        body = json.dumps(request | {"id": nonce}).encode()
+        if len(body) > MOST_ASKED:
+            raise ToolError(f"the program is too long: {len(body)} bytes as JSON, more than {MOST_ASKED}")
         async with self._turn:
+            self._channel.look()
             if not self.alive:
-                raise InfraError(f"the sandbox {self.name} is gone: {self._over or self._channel.broken}")
-            nonce = secrets.token_hex(16)
-            self._channel.send(json.dumps(request | {"id": nonce}).encode())
+                raise InfraError(f"the sandbox {self.name} is gone: {self._over}")
+            self._channel.send(body)
             try:
                 frame = await self._channel.frame(self._loop, seconds)
             except asyncio.CancelledError:  # the reply would come to whoever asks next
@@ -319,16 +359,21 @@ class Session:
             raise _Garbage("an answer to nothing that was asked")
         return reply
 
-    def _lied(self) -> InfraError:
-        self._doom("a program wrote to its channel")
-        return InfraError(f"the sandbox {self.name} gave an impossible answer and was destroyed")
+    @contextlib.contextmanager
+    def _believing(self) -> Iterator[None]:
+        """Around what is read out of a chore's reply. Raises `InfraError` for what cannot be, the sandbox destroyed."""
+        try:
+            yield
+        except (_Garbage, binascii.Error) as error:
+            self._doom("a program wrote to its channel")
+            raise InfraError(f"the sandbox {self.name} gave an impossible answer and was destroyed: {error}") from error
 
     def _expire(self) -> None:
         self._doom(f"its life of {self.limits.life:g} s is over")
 
     def _doom(self, reason: str) -> None:
         """Give the sandbox up; it is destroyed in the background."""
-        if self._leaving is None:
+        if not self._over:
             self._over = reason
             self._life.cancel()
             self._channel.fail(_Gone(reason))
@@ -341,10 +386,25 @@ class Session:
             log.exception("the sandbox %s could not be destroyed", self.name)
 
 
+def _text(found: object, longest: int) -> str:
+    """The beginning of a text that can be encoded. Raises `_Garbage`."""
+    if not isinstance(found, str):
+        raise _Garbage("something else in place of a text")
+    found = found[:longest]
+    return found if found.isascii() else found.encode("utf-8", "replace").decode()
+
+
+def _number(found: object, least: int, most: int) -> int:
+    """An integer of that range. Raises `_Garbage`."""
+    if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
+        raise _Garbage("something else in place of a number")
+    return found
+
+
 def _images(found: object) -> tuple[Image, ...]:
     images = []
     for item in found[:MOST_IMAGES] if isinstance(found, list) else ():
         if isinstance(item, dict) and item.get("mime") in ("image/png", "image/jpeg"):
-            with contextlib.suppress(binascii.Error, TypeError, ValueError):
+            with contextlib.suppress(ValueError, TypeError, KeyError):
                 images.append(Image(base64.b64decode(item["data"], validate=True), str(item["mime"])))
     return tuple(images)
