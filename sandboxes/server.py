@@ -1,6 +1,6 @@
 """The session server: runs *inside* a sandbox, standard library only, one file.
 
-    python3 -S -s server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'
+    python3 -S -s server.py --fd N | --connect PATH  '{"workspace": …, "tmp": …, …}'      (or as in launch.py)
 
 A *supervisor* holds the channel to the host and never runs anybody's code. It forks *workers*: a worker keeps one
 persistent namespace and runs the cells that it is sent; a shell command is a process of its own. Programs have the
@@ -1100,6 +1100,9 @@ def packages() -> Iterator[str]:
 
 
 def main() -> None:
+    if sys.path[0] == os.path.dirname(__file__):
+        del sys.path[0]
+    sys.modules.pop("server", None)  # not for programs to find
     how, where, text = sys.argv[1:4]
     options = loads(text)
     prctl(PR_SET_DUMPABLE, 0)  # processes of our uid may not look into this one
@@ -1137,8 +1140,6 @@ def main() -> None:
         }
     )
     os.chdir(workspace)
-    if sys.path[0] == os.path.dirname(__file__):
-        del sys.path[0]
     sys.path += [folder for folder in (*options.get("path", ()), *packages()) if os.path.isdir(folder)]
     for name in ("exit", "quit"):  # what `site` would have defined
         setattr(builtins, name, sys.exit)

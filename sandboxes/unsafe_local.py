@@ -23,10 +23,11 @@ from types import MappingProxyType
 
 from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits
+from agentrl.sandboxes.launch import words
 from agentrl.sandboxes.names import fresh_name, reap_folders
 from agentrl.sandboxes.session import Session
 
-SERVER = Path(__file__).with_name("server.py")
+HERE = Path(__file__).resolve().parent
 MARK = "AGENTRL_SANDBOX"  # in the environment of what runs in one
 MISSING: dict[LimitName, str] = {
     "memory": "a plain process shares this machine's memory",
@@ -109,7 +110,7 @@ class _Process:
             for part in ("workspace", "tmp"):
                 (folder / part).mkdir()
             process = subprocess.Popen(
-                [sys.executable, "-S", "-s", str(SERVER), "--fd", str(channel.fileno()), json.dumps(options)],
+                [sys.executable, *words(str(HERE)), "--fd", str(channel.fileno()), json.dumps(options)],
                 pass_fds=[channel.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
