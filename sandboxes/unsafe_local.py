@@ -25,6 +25,7 @@ from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits
 from agentrl.sandboxes.launch import words
 from agentrl.sandboxes.names import fresh_name, reap_folders
+from agentrl.sandboxes.server import empty
 from agentrl.sandboxes.session import Session
 
 HERE = Path(__file__).resolve().parent
@@ -140,6 +141,9 @@ class _Process:
             for pid in marked(self.name):
                 with contextlib.suppress(OSError):
                     os.kill(pid, signal.SIGKILL)
+        for part in ("workspace", "tmp"):  # which may be deeper than what follows can go
+            with contextlib.suppress(OSError):
+                empty(str(self._folder / part))
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
