@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from agentrl.errors import InfraError
+from agentrl.errors import InfraError, ToolError, UsageError
 from agentrl.sandbox import Enforcement, Limits, PathError, Unsupported
 from agentrl.sandboxes.session import Session
 
@@ -49,7 +50,7 @@ def test_shell_commands_run_in_the_workspace(anyone: Any) -> None:
         done = await box.shell("echo out; echo err >&2; echo text > file; exit 3")
         assert (done.status, done.stdout, done.stderr, done.exit_code) == ("error", "out\n", "err\n", 3)
         assert (await box.exec("open('file').read()")).value == "'text\\n'"
-        late = await box.shell("sleep 60")
+        late = await box.shell("sleep 60", seconds=0.2)
         assert late.status == "timeout_interrupted" and late.hit == ("time",)
 
     live(anyone, story)
@@ -203,6 +204,42 @@ def frame(body: bytes) -> bytes:
     return struct.pack("!I", len(body)) + body
 
 
+class Inside:
+    """The inner end of a channel, played by the test: one frame for each request, its nonce filled in."""
+
+    def __init__(self) -> None:
+        self.ours, self.socket = socket.socketpair()
+        self.socket.setblocking(False)
+        self.vessel = Shell()
+        self.say('{"hello": 1, "python": "3"}')
+
+    def say(self, body: str) -> None:
+        self.socket.sendall(frame(body.encode()))
+
+    async def nonce(self) -> str:
+        loop, heard = asyncio.get_running_loop(), b""
+        while len(heard) < 4 or len(heard) < 4 + struct.unpack("!I", heard[:4])[0]:
+            heard += await loop.sock_recv(self.socket, 1 << 16)
+        return str(json.loads(heard[4:])["id"])
+
+    async def answer(self, fields: str) -> None:
+        self.say(f'{{"id": "{await self.nonce()}", {fields}}}')
+
+
+def play(story: Callable[[Session, Inside], Awaitable[None]], limits: Limits = LIMITS) -> None:
+    async def life() -> None:
+        inside = Inside()
+        box = await Session.start(inside.ours, inside.vessel, limits)
+        try:
+            await story(box, inside)
+        finally:
+            await box.close()
+            inside.socket.close()
+        assert inside.vessel.destroyed == 1
+
+    asyncio.run(life())
+
+
 @pytest.mark.parametrize(
     ("said", "status"),
     [
@@ -210,61 +247,160 @@ def frame(body: bytes) -> bytes:
         (frame(b"not json"), "protocol"),
         (frame(b'{"id": "0", "status": "ok"}'), "protocol"),
         (frame(b"[" * 100_000), "protocol"),
+        (frame(b'{"id": ' + b"1" * 5000 + b"}"), "protocol"),
         (frame(b"[1]"), "protocol"),
+        (frame(b"{}") * 2, "protocol"),
         (b"", "died"),
         (b"\0\0", "died"),
     ],
 )
 def test_whatever_comes_over_the_channel_is_checked(said: bytes, status: str) -> None:
-    async def life() -> None:
-        ours, theirs = socket.socketpair()
-        theirs.sendall(frame(b'{"hello": 1, "python": "3"}'))
-        vessel = Shell()
-        box = await Session.start(ours, vessel, LIMITS)
+    async def story(box: Session, inside: Inside) -> None:
         running = asyncio.ensure_future(box.exec("1"))
-        await asyncio.sleep(0.05)
-        theirs.sendall(said)
+        await inside.nonce()
+        inside.socket.sendall(said)
         if status == "died":
-            theirs.close()
+            inside.socket.close()
         result = await running
         assert (result.status, result.lost, box.alive) == (status, True, False)
-        await box.close()
-        assert vessel.destroyed == 1
-        theirs.close()
+        with pytest.raises(InfraError, match="is gone"):
+            await box.exec("1")
 
-    asyncio.run(life())
+    play(story)
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         '"status": "fine", "dropped": 0',
+        '"status": [], "dropped": 0',
+        '"status": "protocol", "dropped": 0',
+        '"status": "ok"',
         '"status": "ok", "dropped": "0"',
+        '"status": "ok", "dropped": -1',
+        '"status": "ok", "dropped": true',
+        '"status": "ok", "dropped": 1e3',
         '"status": "ok", "dropped": 0, "stdout": 5',
         '"status": "ok", "dropped": 0, "exit_code": "x"',
+        '"status": "ok", "dropped": 0, "exit_code": 1000',
+        '"refused": 5',
     ],
 )
 def test_fields_of_the_wrong_type_are_not_believed(fields: str) -> None:
-    async def life() -> None:
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        theirs.sendall(frame(b'{"hello": 1, "python": "3"}'))
-        box = await Session.start(ours, Shell(), LIMITS)
+    async def story(box: Session, inside: Inside) -> None:
         running = asyncio.ensure_future(box.exec("1"))
-        await asyncio.sleep(0.05)
-        asked = theirs.recv(4096)
-        nonce = asked.partition(b'"id": "')[2][:32].decode()
-        theirs.sendall(frame(f'{{"id": "{nonce}", {fields}}}'.encode()))
+        await inside.answer(fields)
         assert (await running).status == "protocol"
-        await box.close()
-        theirs.close()
 
-    asyncio.run(life())
+    play(story)
 
 
-def test_a_server_that_says_nothing_is_infra() -> None:
+def test_what_is_believed_is_bounded_and_can_be_encoded() -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        running = asyncio.ensure_future(box.exec("1"))
+        texts = '"stdout": "a\\ud800b", "value": "%s"' % ("y" * 100_000)  # noqa: UP031
+        await inside.answer('"status": "ok", "dropped": 7, "images": [5, {}, {"mime": "x"}], ' + texts)
+        result = await running
+        assert (result.stdout, result.dropped, result.images, len(result.value or "")) == ("a?b", 7, (), 1100)
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    ("call", "fields"),
+    [
+        ("files", '"files": [1]'),
+        ("files", '"files": {"a": -1}'),
+        ("files", '"files": {"a": "1"}'),
+        ("read", '"size": 5'),
+        ("read", '"size": "5", "data": ""'),
+        ("read", '"size": 5, "data": "*"'),
+    ],
+)
+def test_a_chore_that_gets_an_impossible_answer_is_infra(call: str, fields: str) -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        running = asyncio.ensure_future(box.files() if call == "files" else box.read("f"))
+        await inside.answer(fields)
+        with pytest.raises(InfraError, match="impossible answer"):
+            await running
+        assert not box.alive
+
+    play(story)
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused() -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        running = asyncio.ensure_future(box.read("f", most=5))
+        await inside.answer('"size": 4, "data": "YWFhYQ=="')
+        assert await running == b"aaaa"
+        running = asyncio.ensure_future(box.read("f", most=5))
+        await inside.answer('"size": 5, "data": "YWFhYQ=="')
+        await inside.answer('"size": 90, "data": "YWFhYQ=="')
+        with pytest.raises(PathError, match="more than the 5"):
+            await running
+        assert box.alive
+
+    play(story)
+
+
+@pytest.mark.parametrize("how", ["closed", "spoke", "unseen"])
+def test_a_sandbox_found_dead_before_a_program_began_is_infra(how: str) -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        if how == "spoke":
+            inside.say("{}")
+        else:
+            inside.socket.close()
+        if how != "unseen":  # by the event loop, which then has it destroyed without being asked
+            await asyncio.sleep(0.02)
+            assert not box.alive and inside.vessel.destroyed == 1
+        with pytest.raises(InfraError, match="is gone"):
+            await box.exec("1")
+
+    play(story)
+
+
+@pytest.mark.parametrize("how", ["life", "close"])
+def test_a_sandbox_that_we_end_while_a_program_runs_is_infra(how: str) -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        running = asyncio.ensure_future(box.exec("1"))
+        await inside.nonce()
+        if how == "close":
+            await box.close()
+        with pytest.raises(InfraError, match=r"life of 0\.2 s is over" if how == "life" else "closed"):
+            await running
+
+    play(story, Limits.model_validate({"seconds": 0.1, "life": 0.2}))
+
+
+def test_calls_are_served_one_after_another(anyone: Any) -> None:
+    async def story(box: Any) -> None:
+        results = await asyncio.gather(*(box.exec(f"print({number}); {number}") for number in range(20)))
+        assert [(result.stdout, result.value) for result in results] == [(f"{n}\n", f"{n}") for n in range(20)]
+
+    live(anyone, story)
+
+
+def test_requests_that_cannot_be_are_refused_here() -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        for seconds in (0, -1, float("nan")):
+            with pytest.raises(UsageError, match="some time"):
+                await box.exec("1", seconds)
+        long = await box.exec("x" * (9 << 20))
+        assert long.status == "error" and "too long" in (long.error or "")
+        with pytest.raises(ToolError, match="too long"):
+            await box.read("x" * (9 << 20))
+        assert box.alive
+
+    play(story)
+
+
+@pytest.mark.parametrize(
+    "said", [b"", frame(b"{}"), frame(b"5"), frame(b'{"python": "3", "absent": 5}'), b"HTTP/1.1 200"]
+)
+def test_a_server_that_says_no_hello_is_infra(said: bytes) -> None:
     async def life() -> None:
         ours, theirs = socket.socketpair()
+        theirs.sendall(said)
         vessel = Shell()
         with pytest.raises(InfraError, match="did not start"):
             await Session.start(ours, vessel, LIMITS, ready_within=0.1)
