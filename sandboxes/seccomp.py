@@ -44,6 +44,7 @@ wait4 waitid waitpid write writev
 """.split()  # noqa: SIM905
 
 FAMILIES = (1, 2, 10)  # AF_UNIX, AF_INET, AF_INET6
+NETLINK = 16  # "not supported" instead of "not permitted": zmq then does without a list of interfaces
 NAMESPACES = 0x7E020000  # every CLONE_NEW* flag
 PERSONALITIES = (0x0, 0x8, 0x20000, 0x20008, 0xFFFFFFFF)
 FILES = (0o010000, 0o100000, 0o140000)  # mknod makes pipes, files and sockets, never devices
@@ -62,6 +63,7 @@ def docker_profile() -> str:
 
     rules = [rule(ALLOWED), rule(["clone3"], "SCMP_ACT_ERRNO", errnoRet=errno.ENOSYS)]
     rules += [rule(["socket", "socketpair"], args=first(family)) for family in FAMILIES]
+    rules.append(rule(["socket"], "SCMP_ACT_ERRNO", args=first(NETLINK), errnoRet=errno.EOPNOTSUPP))
     rules += [rule(["personality"], args=first(value)) for value in PERSONALITIES]
     rules.append(rule(["clone"], args=first(NAMESPACES, "SCMP_CMP_MASKED_EQ")))
     for name, index in (("mknod", 1), ("mknodat", 2)):
@@ -87,6 +89,7 @@ def bpf() -> bytes:
     for name in ("socket", "socketpair"):
         for family in FAMILIES:
             made.add_rule(seccomp.ALLOW, name, seccomp.Arg(0, seccomp.EQ, family))
+    made.add_rule(seccomp.ERRNO(errno.EOPNOTSUPP), "socket", seccomp.Arg(0, seccomp.EQ, NETLINK))
     for value in PERSONALITIES:
         made.add_rule(seccomp.ALLOW, "personality", seccomp.Arg(0, seccomp.EQ, value))
     for name, index in (("mknod", 1), ("mknodat", 2)):

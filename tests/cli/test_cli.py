@@ -73,7 +73,10 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     ("words", "line"),
     [
         ("trian run.yaml", "there is no command 'trian'; did you mean 'train'?"),
-        ("zzz", "there is no command 'zzz'; the commands are train, eval, rollout, env, config, export, doctor"),
+        (
+            "zzz",
+            "there is no command 'zzz'; the commands are train, eval, rollout, env, sandbox, config, export, index, doctor",
+        ),
         ("train", "name a configuration: agentrl train run.yaml [key=value …]"),
         ("train seed=1", "name a configuration: agentrl train run.yaml [key=value …]"),
         ("train run.yaml --resum", "Unknown option: --resum. Did you mean --resume? See agentrl train --help"),

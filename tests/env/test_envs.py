@@ -23,7 +23,8 @@ from agentrl.tools.arithmetic import Arithmetic
 from agentrl.trajectory import ToolCall
 
 TEMPLATES: dict[str, Env] = {
-    **{entry.id: find_env(entry.id)() for entry in list_envs() if entry.source == "built in"},
+    # The code interpreter needs a sandbox, and has tests of its own.
+    **{e.id: find_env(e.id)() for e in list_envs() if e.source == "built in" and e.id != "code_interpreter"},
     "calculator-mixed": Calculator(kind="mixed"),
 }
 EXPERTS = {

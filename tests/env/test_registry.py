@@ -39,7 +39,7 @@ def test_by_file_module_and_id(here: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("calculater", r"did you mean calculator\?; the ids are calculator, guess"),
+        ("calculater", r"did you mean calculator\?; the ids are calculator, code_interpreter, guess"),
         ("envs_two.py", r"holds several environments; write envs_two.py:Class with one of Offers, Orders"),
         ("envs_two.py:Order", r"has no 'Order'; did you mean Orders\?; it holds Offers, Orders"),
         ("envs_two.py:Helper", "is not an environment: it must subclass agentrl.Env; it holds Offers, Orders"),

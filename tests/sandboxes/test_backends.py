@@ -45,7 +45,11 @@ def leftovers(name: str) -> set[str]:
         if name in line and "ps -eo" not in line:
             found.add(line)
     if images.docker_client() is not None:
-        found |= {box.name for box in images.docker_client().containers.list(all=True) if box.name.startswith(name)}
+        found |= {
+            box.name
+            for box in images.docker_client().containers.list(all=True, ignore_removed=True)
+            if box.name.startswith(name)
+        }
     return found
 
 

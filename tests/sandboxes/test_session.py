@@ -298,7 +298,7 @@ def test_fields_of_the_wrong_type_are_not_believed(fields: str) -> None:
 def test_what_is_believed_is_bounded_and_can_be_encoded() -> None:
     async def story(box: Session, inside: Inside) -> None:
         running = asyncio.ensure_future(box.exec("1"))
-        texts = '"stdout": "a\\ud800b", "value": "%s"' % ("y" * 100_000)  # noqa: UP031
+        texts = '"stdout": "a\\ud800b", "value": "%s"' % ("y" * 100_000)
         await inside.answer('"status": "ok", "dropped": 7, "images": [5, {}, {"mime": "x"}], ' + texts)
         result = await running
         assert (result.stdout, result.dropped, result.images, len(result.value or "")) == ("a?b", 7, (), 1100)
