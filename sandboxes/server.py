@@ -133,7 +133,6 @@ def run_worker(link: socket.socket, number: int) -> None:
 
 def _frozen(link: socket.socket) -> None:
     """Wait as a snapshot. Returns in a fork for each thaw, its `link` the socket that came with it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.setsid()
     link.sendall(LENGTH.pack(os.getpid()))
     while True:
@@ -141,7 +140,11 @@ def _frozen(link: socket.socket) -> None:
         if not head:
             os._exit(0)
         (fd,) = struct.unpack("i", aside[0][2])
-        middle = os.fork()
+        try:
+            middle = os.fork()
+        except OSError:  # nobody introduces himself, and the supervisor makes room
+            os.close(fd)
+            continue
         if middle == 0:
             middle = os.getpid()
             if os.fork():
@@ -408,12 +411,8 @@ class Server:
         self.late: dict[int, int] = {}  # pipes of programs that are over -> bytes still read, and thrown away
         self.poll = select.poll()
         self.poll.register(channel.fileno(), select.POLLIN | select.POLLRDHUP)
-        self.alarm, wake = os.pipe()  # a child's end must wake the poll
-        for fd in (self.alarm, wake):
-            os.set_blocking(fd, False)
-        self.poll.register(self.alarm, select.POLLIN)
-        signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.deaths = deaths()
+        self.poll.register(self.deaths, select.POLLIN)
 
     # -- the channel --
 
@@ -457,8 +456,8 @@ class Server:
         """File descriptors with news for the caller, or none after `seconds`. All else is seen to here."""
         news = []
         for fd, event in self.poll.poll(None if seconds is None else int(seconds * 1000) + 1):
-            if fd == self.alarm:
-                os.read(self.alarm, CHUNK)
+            if fd == self.deaths:
+                os.read(self.deaths, CHUNK)
                 self.bury()
             elif fd in self.late:
                 self.hush(fd)
@@ -532,6 +531,7 @@ class Server:
                 as_prey()
                 os.dup2(writes[0], 1)
                 os.dup2(writes[1], 2)
+                signal.pthread_sigmask(signal.SIG_SETMASK, ())
                 signal.signal(signal.SIGPIPE, signal.SIG_DFL)
                 signal.signal(signal.SIGINT, signal.SIG_DFL)
                 os.execve("/bin/sh", [b"sh", b"-c", command], os.environ)
@@ -766,8 +766,11 @@ class Server:
         self.dead.clear()
         for fd in list(self.late):
             self.drop(fd)
-        empty(self.tmp)
-        empty(self.workspace)
+        for folder in (self.tmp, self.workspace):
+            os.makedirs(folder, exist_ok=True)
+            os.chmod(folder, 0o700)
+            empty(folder)
+        os.chdir(self.workspace)
         self.cells = 0
         self.ready_worker()
         return {}
@@ -800,22 +803,31 @@ class Server:
         frozen = self.snapshots.get(name)
         if frozen is None or frozen.pid in self.dead:
             raise Refused("this snapshot is gone: the sandbox was reset, or a program killed it")
+        thawed = self.thaw(frozen)
+        self.kill([worker.pid for worker in (*self.snapshots.values(), *([thawed] if thawed else ()))])
+        if self.worker is not None:
+            self.release(self.worker)
+            self.worker = None
+        if thawed is None:  # perhaps there is room now
+            thawed = self.thaw(frozen)
+        if thawed is None:
+            raise Refused("this snapshot does not answer")
+        self.worker = thawed
+        copy_tree(self.kept(name), self.workspace)
+        return {}
+
+    def thaw(self, frozen: Worker) -> Worker | None:
         ours, theirs = socket.socketpair()
+        thawed = None
         try:
             frozen.link.sendmsg([b"t"], [_rights([theirs.fileno()])])
             theirs.close()
             thawed = self.met(ours, frozen.used)
         except (OSError, EOFError):
-            thawed = None
+            pass
         if thawed is None:
             ours.close()
-            raise Refused("this snapshot does not answer")
-        self.kill([thawed.pid, *(snapshot.pid for snapshot in self.snapshots.values())])
-        if self.worker is not None:
-            self.release(self.worker)
-        self.worker = thawed
-        copy_tree(self.kept(name), self.workspace)
-        return {}
+        return thawed
 
     def met(self, link: socket.socket, used: bool) -> Worker | None:
         """The copy that introduces itself on `link`, None where it is not our child. Raises `OSError`, `EOFError`."""
@@ -853,10 +865,9 @@ class Server:
 
 def become_worker(theirs: socket.socket, workspace: str, cells: int) -> NoReturn:
     """In a fresh fork of the supervisor: leave nothing of it within reach, then run cells."""
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     os.setsid()
-    prctl(PR_SET_DUMPABLE, 1)
+    call("prctl", PR_SET_DUMPABLE, 1)
     as_prey()
     os.dup2(theirs.detach(), 3, False)
     os.closerange(4, 4096)
@@ -1070,12 +1081,23 @@ def dumps(value: dict[str, Any]) -> str:
 
 
 PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
-_prctl = _ctypes.dlsym(_ctypes.dlopen(None, 0), "prctl")
+_libc = _ctypes.dlopen(None, 0)
 
 
-def prctl(option: int, value: int) -> None:
-    if _ctypes.call_cdeclfunction(_prctl, (option, value, 0, 0, 0)) != 0:
-        raise OSError(f"prctl({option}, {value}) failed")
+def call(name: str, *words: int | bytes) -> int:
+    """A function of the C library. Raises `OSError`."""
+    result: int = _ctypes.call_cdeclfunction(_ctypes.dlsym(_libc, name), words)
+    if result < 0:
+        raise OSError(f"{name} failed")
+    return result
+
+
+def deaths() -> int:
+    """A descriptor that can be read when a child has ended. Signals themselves are blocked: whoever floods the
+    supervisor with them would keep it busy."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+    mask = struct.pack("L", 1 << (signal.SIGCHLD - 1)).ljust(128, b"\0")
+    return call("signalfd", -1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
 
 
 def load(names: Sequence[str]) -> list[str]:
@@ -1105,8 +1127,8 @@ def main() -> None:
     sys.modules.pop("server", None)  # not for programs to find
     how, where, text = sys.argv[1:4]
     options = loads(text)
-    prctl(PR_SET_DUMPABLE, 0)  # processes of our uid may not look into this one
-    prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans become ours, so that none is ever out of sight
+    call("prctl", PR_SET_DUMPABLE, 0)  # processes of our uid may not look into this one
+    call("prctl", PR_SET_CHILD_SUBREAPER, 1)  # orphans become ours, so that none is ever out of sight
     if how == "--fd":
         channel = socket.socket(fileno=os.dup(int(where)))  # a low number, which workers close
         os.close(int(where))
@@ -1121,7 +1143,7 @@ def main() -> None:
 
     for name, value in {"RLIMIT_CORE": 0, **options.get("rlimits", {})}.items():
         resource.setrlimit(getattr(resource, name), (value, value))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # in workers too, but while a cell runs
     workspace, tmp = options.get("workspace", "/workspace"), options.get("tmp", "/tmp")
     os.environ.clear()
     os.environ.update(

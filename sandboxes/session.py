@@ -301,7 +301,11 @@ class Session:
     # -- life ----------------------------------------------------------------------------------
 
     async def reset(self) -> None:
-        await self._chore({"op": "reset"})
+        try:
+            await self._chore({"op": "reset"})
+        except PathError as error:
+            self._doom(f"it cannot be reset: {error}")
+            raise InfraError(f"the sandbox {self.name} cannot be reset: {error}") from error
 
     async def snapshot(self) -> str:
         name = secrets.token_hex(4)

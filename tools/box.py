@@ -22,6 +22,7 @@ from agentrl.errors import ToolError
 from agentrl.sandbox import Backend, Limits, Result, Sandbox, Unsupported
 from agentrl.sandbox.pool import Pool
 from agentrl.sandboxes import choose
+from agentrl.sandboxes.jupyter import JupyterBackend
 from agentrl.tool import Toolkit
 
 TOOL_SECONDS = 30.0  # the timeout of every tool that works in a box
@@ -32,8 +33,10 @@ SIGNALS = {-9: "killed", -11: "segmentation fault", -6: "aborted", -7: "bus erro
 
 class BoxOptions(BaseModel, extra="forbid", frozen=True):
     """Which sandbox, under which limits. `backend` None takes what holds best on this machine; `image` is Docker's.
-    `warm` are kept ready, `most` exist at once. `preload`: modules that are imported before an episode begins."""
+    `session` "jupyter" runs cells in an IPython kernel, with pictures. `warm` are kept ready, `most` exist at once.
+    `preload`: modules that are imported before an episode begins."""
 
+    session: Literal["python", "jupyter"] = "python"
     backend: Literal["docker", "bubblewrap", "unsafe_local"] | None = None
     image: str | None = None
     limits: Limits = Limits.model_validate({})
@@ -128,7 +131,8 @@ class Box(Toolkit):
     async def _choose(self) -> Backend:
         options = self.options
         own = {"preload": options.preload} if options.preload else {}
-        return await choose(options.backend, **(own | ({"image": options.image} if options.image else {})))
+        walls = await choose(options.backend, **(own | ({"image": options.image} if options.image else {})))
+        return JupyterBackend(walls) if options.session == "jupyter" else walls
 
     def _shared(self) -> Pools:
         """The template's pools."""

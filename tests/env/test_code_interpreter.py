@@ -15,6 +15,7 @@ from agentrl.env import Episode, Score
 from agentrl.envs.code_interpreter import FAMILIES, CodeInterpreter, Question
 from agentrl.errors import UsageError
 from agentrl.sandboxes import backend
+from agentrl.sandboxes.images import rootfs
 from agentrl.task import Task
 from agentrl.textual import TextEpisode
 from agentrl.trajectory import ToolCall
@@ -181,6 +182,18 @@ def test_a_policy_that_takes_its_sandbox_down_is_told_and_goes_on() -> None:
     assert "the session ended" in heard[1] and "variables are lost" in heard[1]
     assert "NameError" in heard[2] and "memory" in heard[3].lower()
     assert "ran longer than 1 s; variables are kept" in heard[4] and heard[5] == "42" and total == 1.0
+
+
+@walled
+def test_pictures_of_a_jupyter_session_reach_the_policy() -> None:
+    if rootfs() is None:
+        pytest.skip("no root file system with ipykernel; agentrl sandbox build makes it")
+    env = make(sandbox={"session": "jupyter", "warm": 0})
+    task = next(iter(env.tasks("train", 0)))
+    png = "89504e470d0a1a0a0000000d49484452000000040000000308000000000000000000000000"
+    show = f"from IPython.display import Image, display\ndisplay(Image(bytes.fromhex('{png}')))\nx = 5"
+    heard, _ = play(env, task, ("python", {"code": show}), ("python", {"code": "x"}), "No.")
+    assert "[image 4x3" in heard[0] and heard[1] == "5"
 
 
 def test_bad_options_are_refused() -> None:
