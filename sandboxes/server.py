@@ -42,6 +42,7 @@ else:
 
 GRACE = 0.5  # seconds between SIGINT and SIGKILL
 QUIET = 0.05  # seconds without a request after which the server uses the time to import what programs often want
+PROMPT = 2.0  # seconds that a worker may take to copy itself
 KILLING = 2.0  # seconds for which processes that come back are killed again
 LENGTH = struct.Struct("!I")
 ORDER = struct.Struct("!c16sII")  # to a worker: what to do, nonce, bytes of text wanted at most, bytes of code
@@ -73,10 +74,10 @@ def run_worker(link: socket.socket, number: int) -> None:
     namespace["__builtins__"] = builtins
     sources: dict[str, str] = {}
     # Local names: programs may change the modules in which these were found.
-    cell, frozen, exactly, order, pack, integers = _cell, _frozen, _exactly, ORDER, ANSWER.pack, struct.iter_unpack
-    fork, getpid, leave, dup2, close, open_, null = os.fork, os.getpid, os._exit, os.dup2, os.close, os.open, os.devnull
+    cell, apart, frozen, exactly, order, pack = _cell, _apart, _frozen, _exactly, ORDER, ANSWER.pack
+    getpid, leave, dup2, close, open_, null = os.getpid, os._exit, os.dup2, os.close, os.open, os.devnull
     set_signal, sigint, ignore, interrupt = signal.signal, signal.SIGINT, signal.SIG_IGN, signal.default_int_handler
-    set_timer, waitpid, room, flags = signal.setitimer, os.waitpid, socket.CMSG_SPACE(8), socket.MSG_WAITALL
+    set_timer, room, flags, integers = signal.setitimer, socket.CMSG_SPACE(8), socket.MSG_WAITALL, struct.iter_unpack
     me, failed = getpid(), BaseException
     while ours:
         head, aside, _, _ = link.recvmsg(order.size, room, flags)
@@ -108,18 +109,18 @@ def run_worker(link: socket.socket, number: int) -> None:
                 leave(0)
         else:  # "f": a copy of this process waits on the socket that was sent
             try:
-                child = fork()
-                if child == 0:
-                    if fork():  # nobody's child: it becomes the supervisor's
-                        leave(0)
+                copied = apart()
+            except failed:
+                copied, how = False, b"e"
+            if copied:
+                try:
                     dup2(fds[0], link.fileno())
                     close(fds[0])
                     frozen(link)
                     me = getpid()
                     continue
-                waitpid(child, 0)
-            except failed:
-                how = b"e"
+                except failed:
+                    leave(1)
             for fd in fds:
                 close(fd)
         texts = [None if text is None else text.encode("utf-8", "replace") for text in (value, error)]
@@ -133,7 +134,6 @@ def run_worker(link: socket.socket, number: int) -> None:
 
 def _frozen(link: socket.socket) -> None:
     """Wait as a snapshot. Returns in a fork for each thaw, its `link` the socket that came with it."""
-    os.setsid()
     link.sendall(LENGTH.pack(os.getpid()))
     while True:
         head, aside, _, _ = link.recvmsg(1, socket.CMSG_SPACE(4))
@@ -141,23 +141,33 @@ def _frozen(link: socket.socket) -> None:
             os._exit(0)
         (fd,) = struct.unpack("i", aside[0][2])
         try:
-            middle = os.fork()
+            copied = _apart()
         except OSError:  # nobody introduces himself, and the supervisor makes room
-            os.close(fd)
-            continue
-        if middle == 0:
-            middle = os.getpid()
-            if os.fork():
-                os._exit(0)
-            while os.getppid() == middle:  # until this is the supervisor's child
-                time.sleep(0.0002)
-            os.setsid()
+            copied = False
+        if copied:
             os.dup2(fd, link.fileno())
-            os.close(fd)
+        os.close(fd)
+        if copied:
             link.sendall(LENGTH.pack(os.getpid()))
             return
-        os.close(fd)
-        os.waitpid(middle, 0)
+
+
+def _apart(fork: Callable[[], int] = os.fork, leave: Callable[[int], NoReturn] = os._exit) -> bool:
+    """Fork off a process that is nobody's child, and so becomes the supervisor's: True there, False here."""
+    child = fork()
+    if child:
+        os.waitpid(child, 0)
+        return False
+    try:
+        middle = os.getpid()
+        if fork():
+            leave(0)
+        while os.getppid() == middle:
+            time.sleep(0.0002)
+        os.setsid()
+        return True
+    except BaseException:
+        leave(1)
 
 
 def _cell(
@@ -405,6 +415,7 @@ class Server:
         self.preload = list(options.get("preload", ()))
         self.worker: Worker | None = None
         self.snapshots: dict[str, Worker] = {}
+        self.lost = False  # the state, since the last cell
         self.cells = 0
         self.kin: set[int] = set()  # children whose end somebody will ask for
         self.dead: dict[int, int] = {}  # those of them that have ended -> exit code, negative for a signal
@@ -494,10 +505,10 @@ class Server:
         return {}
 
     def do_exec(self, request: dict[str, Any]) -> dict[str, Any]:
-        lost = False
         if self.worker is not None and self.worker.pid in self.dead:  # since its last cell
-            lost = self.worker.used
-            self.drop_worker(0)
+            self.lost = self.worker.used
+            self.drop_worker(1 << 62)
+        lost, self.lost = self.lost, False
         worker = self.ready_worker()
         worker.used = True
         reads, writes = pipes()
@@ -771,24 +782,14 @@ class Server:
             os.chmod(folder, 0o700)
             empty(folder)
         os.chdir(self.workspace)
-        self.cells = 0
+        self.cells, self.lost = 0, False
         self.ready_worker()
         return {}
 
     def do_snapshot(self, request: dict[str, Any]) -> dict[str, Any]:
         name = str(request["name"])
-        worker = self.ready_worker()
-        ours, theirs = socket.socketpair()
-        frozen = None
-        try:
-            worker.link.sendmsg([ORDER.pack(b"f", bytes(16), 0, 0)], [_rights([theirs.fileno()])])
-            theirs.close()
-            frozen = self.met(ours, worker.used)
-            self.take(worker.link, ANSWER.size)
-        except (OSError, EOFError):
-            pass
+        frozen = self.freeze(self.ready_worker())
         if frozen is None:
-            ours.close()
             raise Refused("the session's process cannot be copied")
         try:
             copy_tree(self.workspace, self.kept(name))
@@ -806,40 +807,56 @@ class Server:
         thawed = self.thaw(frozen)
         self.kill([worker.pid for worker in (*self.snapshots.values(), *([thawed] if thawed else ()))])
         if self.worker is not None:
+            self.lost = self.worker.used
             self.release(self.worker)
             self.worker = None
         if thawed is None:  # perhaps there is room now
             thawed = self.thaw(frozen)
         if thawed is None:
             raise Refused("this snapshot does not answer")
-        self.worker = thawed
+        self.worker, self.lost = thawed, False
         copy_tree(self.kept(name), self.workspace)
         return {}
 
-    def thaw(self, frozen: Worker) -> Worker | None:
-        ours, theirs = socket.socketpair()
-        thawed = None
+    def freeze(self, worker: Worker) -> Worker | None:
+        """A copy of `worker` that waits; None where there is none to be had."""
+        nonce = os.urandom(16)
+        frozen = self.copy(worker, ORDER.pack(b"f", nonce, 0, 0))
         try:
-            frozen.link.sendmsg([b"t"], [_rights([theirs.fileno()])])
-            theirs.close()
-            thawed = self.met(ours, frozen.used)
+            heard = self.take(worker.link, ANSWER.size)
         except (OSError, EOFError):
-            pass
-        if thawed is None:
-            ours.close()
-        return thawed
+            heard = b""
+        if heard[:17] == nonce + b"o":
+            return frozen
+        if heard[:17] != nonce + b"e":  # it is not to be understood any more
+            self.lost = worker.used
+            self.drop_worker(1 << 62)
+        if frozen is not None:
+            self.release(frozen)
+        return None
 
-    def met(self, link: socket.socket, used: bool) -> Worker | None:
-        """The copy that introduces itself on `link`, None where it is not our child. Raises `OSError`, `EOFError`."""
-        (pid,) = LENGTH.unpack(self.take(link, LENGTH.size))
-        if pid in self.kin or born(pid, os.getpid()) is None:
-            return None
-        self.kin.add(pid)
-        return Worker(pid, link, used)
+    def thaw(self, frozen: Worker) -> Worker | None:
+        """A copy of a snapshot that goes on; None where there is none to be had."""
+        return self.copy(frozen, b"t")
+
+    def copy(self, worker: Worker, order: bytes) -> Worker | None:
+        """The process that introduces itself after `order`, on a socket of its own, if it is a child of ours."""
+        ours, theirs = socket.socketpair()
+        try:
+            worker.link.sendmsg([order], [_rights([theirs.fileno()])])
+            theirs.close()
+            (pid,) = LENGTH.unpack(self.take(ours, LENGTH.size))
+            if pid not in self.kin and born(pid, os.getpid()) is not None:
+                self.kin.add(pid)
+                return Worker(pid, ours, worker.used)
+        except (OSError, EOFError):
+            theirs.close()
+        ours.close()
+        return None
 
     def take(self, link: socket.socket, size: int) -> bytes:
-        """`size` bytes from a worker, within the time that a program has. Raises `OSError` or `EOFError`."""
-        deadline = time.monotonic() + self.most_seconds
+        """`size` bytes from a worker that has nothing else to do. Raises `OSError` or `EOFError`."""
+        deadline = time.monotonic() + PROMPT
 
         def read(most: int) -> bytes:
             link.settimeout(max(0.001, deadline - time.monotonic()))
