@@ -5,16 +5,18 @@ A group is joined by its first process writing its own pid into `joins`; what th
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from agentrl.sandbox import LimitName, Limits
-from agentrl.sandboxes.names import orphaned
+from agentrl.sandboxes.names import orphaned, own
 
 ROOT = Path("/sys/fs/cgroup")
 PERIOD_US = 100_000
@@ -31,6 +33,7 @@ class Group:
     def make(cls, name: str, limits: Limits) -> Group:
         """A new group with `limits`. Raises `OSError`."""
         tops = parents()
+        remove_at_exit()
         group = cls(tuple(dict.fromkeys(top / name for top in tops.values())))
         try:
             for folder in group.folders:
@@ -139,9 +142,17 @@ def missing() -> str | None:
 
 def reap() -> int:
     """Remove the groups of dead owners; how many there were."""
-    if missing():
-        return 0
-    gone = {path.name for top in parents().values() for path in top.glob("agentrl-*") if orphaned(path.name)}
+    return 0 if missing() else _remove({p.name for top in parents().values() for p in top.glob("agentrl-*")}, orphaned)
+
+
+@cache
+def remove_at_exit() -> None:
+    """See to it that a process which ends without closing its sandboxes leaves no groups."""
+    atexit.register(lambda: _remove({p.name for top in parents().values() for p in top.glob("agentrl-*")}, own))
+
+
+def _remove(names: set[str], which: Callable[[str], bool]) -> int:
+    gone = {name for name in names if which(name)}
     for name in gone:
         Group(tuple(dict.fromkeys(top / name for top in parents().values()))).remove()
     return len(gone)

@@ -8,6 +8,7 @@ as it has. Containers carry their owner's name, so that the next process removes
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import json
 import os
@@ -24,7 +25,7 @@ from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits
 from agentrl.sandboxes import seccomp
 from agentrl.sandboxes.images import IMAGE
-from agentrl.sandboxes.names import fresh_name, orphaned
+from agentrl.sandboxes.names import fresh_name, orphaned, own
 from agentrl.sandboxes.session import Session
 
 SERVER = Path(__file__).with_name("server.py")
@@ -108,6 +109,13 @@ class DockerBackend:
         """Connect, and see that the image is there. Raises `UsageError`, or `InfraError` for a daemon that is gone."""
         if self._client is None:
             self._client, self._info = _connect(self.image, self.runtime)
+            atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        """The process ends: its containers end by themselves, for their channels do, and are removed here."""
+        if self._open:
+            with contextlib.suppress(Exception):  # the next process tries again
+                self._reap(own)
 
     def _start(self, box: Container, limits: Limits) -> None:
         """Create and start, in two requests: what the SDK's objects would ask besides is not needed."""
@@ -168,11 +176,11 @@ class DockerBackend:
             runtime=self.runtime,
         )
 
-    def _reap(self) -> int:
+    def _reap(self, which: Callable[[str], bool] = orphaned) -> int:
         self._check()
         count = 0
         for found in self._client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True):
-            if orphaned(found.labels.get(LABEL, "")):
+            if which(found.labels.get(LABEL, "")):
                 with contextlib.suppress(Exception):  # somebody else may be removing it just now
                     found.remove(force=True)
                     count += 1

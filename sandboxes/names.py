@@ -20,9 +20,10 @@ def fresh_name() -> str:
     return f"agentrl-{pid}-{started(pid)}-{secrets.token_hex(4)}"
 
 
-def owner_name() -> str:
-    """What all sandboxes of this process have in common."""
-    return fresh_name().rpartition("-")[0]
+def own(name: str) -> bool:
+    """Whether `name` is a sandbox of this process."""
+    found = NAME.match(name)
+    return found is not None and (int(found[1]), int(found[2])) == (os.getpid(), started(os.getpid()))
 
 
 def started(pid: int) -> int | None:

@@ -72,6 +72,18 @@ def test_what_a_killed_owner_left_is_removed(walls: Any) -> None:
     assert not any(leftovers(name) for name in left)
 
 
+def test_a_process_that_just_ends_leaves_nothing(walls: Any) -> None:
+    ending = OWNER.replace("await asyncio.sleep(1000)", "return")
+    done = subprocess.run([sys.executable, "-c", ending, walls.name], capture_output=True, text=True, check=False)
+    left = done.stdout.split()
+    assert len(left) == 3, done.stderr
+    for _ in range(50):
+        if not any(leftovers(name) for name in left):
+            break
+        time.sleep(0.1)
+    assert not any(leftovers(name) for name in left)
+
+
 def test_a_sandbox_leaves_nothing(walls: Any) -> None:
     async def life() -> str:
         box = await walls.open(DEFAULT)
