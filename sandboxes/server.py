@@ -265,7 +265,8 @@ class Output:
         dropped = self.seen - len(self.head) - len(tail)
         if not dropped:
             return (self.head + tail).decode("utf-8", "replace"), 0
-        first, last = (part.decode("utf-8", "replace").strip("\ufffd") for part in (self.head, tail))
+        first = self.head.decode("utf-8", "replace").rstrip("\ufffd")  # half a character
+        last = tail.decode("utf-8", "replace").lstrip("\ufffd")
         return f"{first}\n… {dropped} bytes left out …\n{last}", dropped
 
 
@@ -310,14 +311,15 @@ class Program:
         if self.link is not None:
             poll.register(self.link.fileno(), select.POLLIN | (select.POLLOUT if self.unsent else 0))
         stop, listening = time.monotonic() + seconds, True
-        while self.answer is None and listening and self.pid not in server.dead:
+        while self.answer is None and listening and not self.over():
             if self.budget < 0:
                 self.status = "output_limit"
                 break
             left = stop - time.monotonic()
             if left <= 0:
                 if self.status is not None:
-                    self.status = "timeout_killed"
+                    if self.pid not in server.dead:
+                        self.status = "timeout_killed"
                     break
                 self.status, stop = "timeout_interrupted", time.monotonic() + GRACE
                 server.interrupt(self.pid)
@@ -331,18 +333,21 @@ class Program:
             if self.answer is None:
                 self.hear()
             poll.unregister(self.link.fileno())
-        for fd in list(self.pipes):  # what was written before the end stands in the pipe already
-            before = None
-            while fd in self.pipes and self.budget != before and self.budget >= 0:
-                before = self.budget
-                self.drain(fd)
+        for fd in list(self.pipes):
+            self.drain(fd)  # what was written before the end stands in the pipe already
             if fd in self.pipes:  # somebody holds it still: from now on nobody listens
                 server.late[fd] = server.read_bytes
+        while len(server.late) > MOST_LATE:
+            server.drop(next(iter(server.late)))
         if self.budget < 0 and self.status != "timeout_killed":
             self.status = "output_limit"
 
+    def over(self) -> bool:
+        """Whether its process has ended. What an interrupted command was running may say what it has to say."""
+        return self.pid in self.server.dead and not (self.link is None and self.status and self.pipes)
+
     def drain(self, fd: int) -> None:
-        """Read what is there, at most a megabyte, so that the clock is looked at."""
+        """Read what is there, at most a megabyte (what a pipe can hold), so that the clock is looked at."""
         for _ in range(16):
             try:
                 data = os.read(fd, CHUNK)
@@ -523,10 +528,8 @@ class Server:
             out["lost"] = True
             return out
         self.cells += 1
-        how, value, error = program.answer
+        how, out["value"], out["error"] = program.answer
         out["status"] = program.status or ("ok" if how == b"o" else "error")
-        out["value"] = None if value is None else _cut(value, self.output_bytes)
-        out["error"] = None if error is None else _cut(error, self.output_bytes)
         out["lost"] = lost
         return out
 
@@ -554,7 +557,7 @@ class Server:
         close_all(writes)
         program = Program(self, pid, reads)
         program.follow(self.limit(request))
-        if program.status in ("timeout_killed", "output_limit"):
+        if program.status is not None:  # it was stopped, and with it goes all that it started
             self.kill(self.spared(), pid, program.began)
         out = program.report()
         code = out["exit_code"] = self.forget(pid)
@@ -572,13 +575,11 @@ class Server:
             try:
                 data = os.read(fd, CHUNK)
             except BlockingIOError:
-                break
+                return
             self.late[fd] -= len(data)
             if not data or self.late[fd] < 0:
                 self.drop(fd)
                 return
-        while len(self.late) > MOST_LATE:
-            self.drop(next(iter(self.late)))
 
     def drop(self, fd: int) -> None:
         self.late.pop(fd, None)
@@ -668,12 +669,12 @@ class Server:
             while True:  # to a standstill first, so that nothing forks on while its siblings die
                 fresh = [pid for pid in family(os.getpid(), spared, top, since) if pid not in stopped]
                 for pid in fresh:
-                    send(pid, signal.SIGSTOP)
+                    shoot(pid, signal.SIGSTOP)
                 stopped.update(fresh)
                 if not fresh or time.monotonic() > deadline:
                     break
             for pid in stopped:
-                send(pid, signal.SIGKILL)
+                shoot(pid, signal.SIGKILL)
             self.bury()
             if not stopped or time.monotonic() > deadline:
                 return
@@ -778,6 +779,8 @@ class Server:
         for fd in list(self.late):
             self.drop(fd)
         for folder in (self.tmp, self.workspace):
+            if os.path.islink(folder):
+                os.unlink(folder)
             os.makedirs(folder, exist_ok=True)
             os.chmod(folder, 0o700)
             empty(folder)
@@ -869,7 +872,7 @@ class Server:
 
     def release(self, worker: Worker) -> None:
         """End a process of ours of which nothing is wanted any more."""
-        send(worker.pid, signal.SIGKILL)
+        shoot(worker.pid, signal.SIGKILL)
         worker.link.close()
         self.forget(worker.pid)
 
@@ -924,7 +927,7 @@ def close_all(fds: Sequence[int]) -> None:
         os.close(fd)
 
 
-def send(pid: int, number: int) -> None:
+def shoot(pid: int, number: int) -> None:
     try:
         os.kill(pid, number)
     except OSError:
@@ -1057,6 +1060,7 @@ def empty(folder: str) -> None:
 def copy_tree(source: str, target: str) -> None:
     """Make `target` hold what `source` holds: files, folders and links. Raises `Refused` where there is no room."""
     try:
+        os.close(os.open(source, FOLDER))
         os.makedirs(target, exist_ok=True)
         empty(target)
         for path, entry, folder in walk(source):
@@ -1079,7 +1083,7 @@ def copy_tree(source: str, target: str) -> None:
 
 
 class _Plain:
-    """How JSON is read: as it is, with numbers of a sane length."""
+    """How JSON is read: as it is."""
 
     strict, object_hook, object_pairs_hook, parse_float, parse_int, parse_constant = True, None, None, float, int, float
     memo: dict[str, str] = {}  # noqa: RUF012  what the C code wants
@@ -1112,7 +1116,7 @@ def call(name: str, *words: int | bytes) -> int:
 def deaths() -> int:
     """A descriptor that can be read when a child has ended. Signals themselves are blocked: whoever floods the
     supervisor with them would keep it busy."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, range(1, signal.NSIG))
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     mask = struct.pack("L", 1 << (signal.SIGCHLD - 1)).ljust(128, b"\0")
     return call("signalfd", -1, mask, os.O_NONBLOCK | os.O_CLOEXEC)
 
@@ -1182,7 +1186,11 @@ def main() -> None:
     sys.path += [folder for folder in (*options.get("path", ()), *packages()) if os.path.isdir(folder)]
     for name in ("exit", "quit"):  # what `site` would have defined
         setattr(builtins, name, sys.exit)
-    Server(channel, options).serve()
+    server = Server(channel, options)
+    try:
+        server.serve()
+    finally:
+        server.end()
 
 
 if __name__ == "__main__":

@@ -6,8 +6,12 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import json
 import os
+import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from conftest import available
 
 from agentrl.errors import UsageError
 from agentrl.sandbox import Limits, PathError, Unsupported
-from agentrl.sandboxes import backend, server
+from agentrl.sandboxes import backend, launch, server
 from agentrl.sandboxes.unsafe_local import marked
 
 LIMITS = Limits.model_validate({"seconds": 1, "output_bytes": 1000, "read_mb": 4, "processes": 64})
@@ -142,7 +146,8 @@ def test_an_interrupt_at_the_very_end_of_a_cell_loses_nothing(near: Any) -> None
 def test_long_texts_are_cut_in_the_middle(near: Any) -> None:
     async def story(box: Any) -> None:
         value = (await box.exec("'a' * 5000 + 'b' * 5000")).value
-        assert value.startswith("'" + "a" * 499 + "\n… ") and value.endswith("b" * 499 + "'") and len(value) < 1100
+        assert value.startswith("'" + "a" * 499 + "\n… ") and value.endswith("\nb" + "b" * 498 + "'")
+        assert "\n… 9002 characters left out …\n" in value and len(value) < 1100
         error = (await box.exec("raise ValueError('é' * 100_000)")).error
         assert "Traceback" in error and error.endswith("é\n") and len(error) < 1100
         out = await box.exec("print('é' * 5000)")
@@ -194,6 +199,31 @@ def test_a_killed_command_takes_all_that_it_started_and_nothing_else(near: Any) 
         for name, there in (("before", 0), ("detached", 1), ("child", 1)):
             assert (await box.shell(f"kill -0 $(cat {name}) 2>&-")).exit_code == there, name
         assert (await box.exec("x")).value == "1"
+
+    live(near, story)
+
+
+def test_an_interrupted_command_may_say_what_it_has_to_say(near: Any) -> None:
+    program = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: time.sleep(.05); print('summary')"
+
+    async def story(box: Any) -> None:
+        result = await box.shell(f'python3 -c "{program}"; echo never', seconds=0.3)
+        assert (result.status, result.stdout) == ("timeout_interrupted", "summary\n")
+        deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+        result = await box.shell(f'python3 -c "{deaf}" & echo $! > pid; wait', seconds=0.3)
+        assert result.status == "timeout_interrupted"
+        assert (await box.shell("kill -0 $(cat pid) 2>&-")).exit_code == 1
+
+    live(near, story)
+
+
+def test_a_noisy_background_does_not_flood_the_command_that_started_it(near: Any) -> None:
+    async def story(box: Any) -> None:
+        for _ in range(3):
+            result = await box.shell("yes & echo $! > pid")
+            assert (result.status, result.lost) == ("ok", False)
+            assert (await box.exec("1")).value == "1"
+            await box.shell("kill $(cat pid)")
 
     live(near, story)
 
@@ -293,6 +323,24 @@ async def _loaded(box: Any) -> None:
 
 def test_it_is_written_for_older_pythons() -> None:
     ast.parse(Path(server.__file__).read_text(), feature_version=(3, 9))
+
+
+def test_what_is_shipped_is_compiled(tmp_path: Path) -> None:
+    """The same Python never looks at the source; another one would compile it."""
+    for path, content in launch.files().items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    assert (tmp_path / "server.py").read_text() == Path(server.__file__).read_text()
+    (tmp_path / "server.py").write_text("raise SystemExit(9)")
+    ours, theirs = socket.socketpair()
+    options = json.dumps({"workspace": str(tmp_path), "tmp": str(tmp_path)})
+    words = [sys.executable, *launch.words(str(tmp_path)), "--fd", str(theirs.fileno()), options]
+    with theirs, subprocess.Popen(words, pass_fds=[theirs.fileno()]) as process:
+        theirs.close()
+        ours.settimeout(10)
+        assert b'"hello":1' in ours.recv(4096)
+        ours.close()
+        assert process.wait(10) == 0
 
 
 @pytest.mark.parametrize("sizes", [[], [5], [100], [101], [50, 51], [1] * 300, [1000, 3], [3, 1000], [49, 2, 49]])
