@@ -191,13 +191,14 @@ class Backend(Protocol):
 
 @dataclass(slots=True)
 class PoolStats:
-    """Counted since the pool was made. `waited_s`: summed over leases."""
+    """Counted since the pool was made. `waited`: leases that found none ready; `waited_s`: summed over them."""
 
     opened: int = 0
     leased: int = 0
     closed: int = 0
     found_dead: int = 0
     failed: int = 0
+    waited: int = 0
     waited_s: float = 0.0
     ready: int = 0
     live: int = 0

@@ -32,7 +32,10 @@ class Scripted:
 
     def __init__(self, *plan: Exception | None, opening: float = 0.0, closing: float = 0.0) -> None:
         self.plan, self.opening, self.closing = list(plan), opening, closing
-        self.opened = self.living = self.peak = self.reaped = 0
+        self.opened = self.living = self.peak = self.reaped = self.tried = 0
+        self.toys: list[Toy] = []
+        self.lives: list[float] = []
+        self.starting = self.starting_peak = 0
 
     async def missing(self) -> str | None:
         return None
@@ -41,13 +44,21 @@ class Scripted:
         return Enforcement()
 
     async def open(self, limits: Limits) -> Toy:
-        await asyncio.sleep(self.opening)
+        self.tried += 1
+        self.lives.append(limits.life)
+        self.starting += 1
+        self.starting_peak = max(self.starting_peak, self.starting)
+        try:
+            await asyncio.sleep(self.opening)
+        finally:
+            self.starting -= 1
         if self.plan and (error := self.plan.pop(0)) is not None:
             raise error
         self.opened += 1
         self.living += 1
         self.peak = max(self.peak, self.living)
-        return Toy(self, self.opened)
+        self.toys.append(Toy(self, self.opened))
+        return self.toys[-1]
 
     async def reap(self) -> int:
         self.reaped += 1
@@ -59,7 +70,8 @@ class Scripted:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "PAUSES", (0.01, 0.02))
+    monkeypatch.setattr(pool, "FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(pool, "LONGEST_PAUSE", 0.02)
     monkeypatch.setattr(pool, "CHECK_SECONDS", 0.02)
 
 
@@ -144,8 +156,8 @@ def test_dead_ones_are_skipped_and_replaced() -> None:
         backend = Scripted()
         async with make(backend) as boxes:
             await asyncio.sleep(0.01)
-            for box in boxes._ready:
-                box.alive = False  # type: ignore[misc]
+            for box in backend.toys:
+                box.alive = False
             assert (await boxes.lease()).alive
             await asyncio.sleep(0.1)
             assert boxes.stats.found_dead == 2 and boxes.metrics()["ready"] == 2
