@@ -26,12 +26,12 @@ from types import MappingProxyType
 
 from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits
-from agentrl.sandboxes import cgroup, seccomp
+from agentrl.sandboxes import cgroup, launch, seccomp
 from agentrl.sandboxes.images import rootfs
 from agentrl.sandboxes.names import fresh_name
 from agentrl.sandboxes.session import Session
 
-SERVER = Path(__file__).with_name("server.py")
+INSIDE = "/run/agentrl"  # where the session server lies
 SHARED = 16 << 20  # bytes of /dev/shm
 UIDS = range(200_000, 260_000)  # of sandboxes that root starts: nobody's, and each sandbox another
 _ETC = {
@@ -70,7 +70,7 @@ class BubblewrapBackend:
         # A sandbox dies with the *thread* that started it, so one thread that lives as long as we do starts them all.
         self._launcher = ThreadPoolExecutor(1, "bubblewrap")
         self._workers = ThreadPoolExecutor(8, "bubblewrap-end")
-        self._filter = -1
+        self._data: dict[str, int] = {}  # files in memory that each sandbox gets
         self._open: set[Session] = set()
         self._uids = itertools.cycle(random.Random().sample(UIDS, len(UIDS)))
 
@@ -116,6 +116,8 @@ class BubblewrapBackend:
     async def close(self) -> None:
         await asyncio.gather(*(session.close() for session in self._open))
         self._open.clear()
+        while self._data:
+            os.close(self._data.popitem()[1])
 
     def _launch(self, channel: socket.socket, limits: Limits, enforcement: Enforcement) -> Bubble:
         name = fresh_name()
@@ -144,12 +146,15 @@ class BubblewrapBackend:
             words += ["--size", size, "--tmpfs", "/workspace", "--size", size, "--tmpfs", "/tmp"]
             most = limits.memory_mb << 20
             server["rlimits"] = {**server["rlimits"], "RLIMIT_AS": most, "RLIMIT_FSIZE": limits.disk_mb << 20}  # type: ignore[dict-item]
-        fds = [channel.fileno(), os.open(SERVER, os.O_RDONLY)]
-        words += ["--ro-bind-data", str(fds[1]), "/run/server.py", "--remount-ro", "/run", "--remount-ro", "/"]
+        fds = [channel.fileno()]
+        for path, data in launch.files().items():
+            fds.append(self._reading(path, data))
+            words += ["--ro-bind-data", str(fds[-1]), f"{INSIDE}/{path}"]
+        words += ["--remount-ro", "/run", "--remount-ro", "/"]
         if "syscalls" not in enforcement.missing:
-            fds.append(self._filter_fd())
+            fds.append(self._reading("seccomp", seccomp.bpf()))
             words += ["--seccomp", str(fds[-1])]
-        words += ["--as-pid-1", "--chdir", "/workspace", "--", self._python(), "-S", "-s", "/run/server.py"]
+        words += ["--as-pid-1", "--chdir", "/workspace", "--", self._python(), *launch.words(INSIDE)]
         words += ["--fd", str(channel.fileno()), json.dumps(server)]
         try:
             process = subprocess.Popen(
@@ -209,12 +214,12 @@ class BubblewrapBackend:
                 return f"/{name}"
         raise UsageError(f"there is no python3 in {root}/usr/bin; install it, or run agentrl sandbox build")
 
-    def _filter_fd(self) -> int:
-        """A descriptor of its own that reads the filter from the beginning."""
-        if self._filter < 0:
-            self._filter = os.memfd_create("agentrl-seccomp")
-            os.write(self._filter, seccomp.bpf())
-        return os.open(f"/proc/self/fd/{self._filter}", os.O_RDONLY)
+    def _reading(self, name: str, data: bytes) -> int:
+        """A descriptor of its own that reads `data` from the beginning."""
+        if name not in self._data:
+            self._data[name] = os.memfd_create(f"agentrl-{Path(name).name}")
+            os.write(self._data[name], data)
+        return os.open(f"/proc/self/fd/{self._data[name]}", os.O_RDONLY)
 
 
 class Bubble:

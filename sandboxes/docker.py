@@ -23,12 +23,11 @@ from typing import Any, TypeVar
 
 from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits
-from agentrl.sandboxes import seccomp
+from agentrl.sandboxes import launch, seccomp
 from agentrl.sandboxes.images import IMAGE
 from agentrl.sandboxes.names import fresh_name, orphaned, own
 from agentrl.sandboxes.session import Session
 
-SERVER = Path(__file__).with_name("server.py")
 LABEL = "agentrl.sandbox"
 _INSIDE = "/run/agentrl"
 CONNECT_SECONDS = 30.0
@@ -128,7 +127,7 @@ class DockerBackend:
             "preload": self.preload,
             "alone": True,
         }
-        command = ["python3", "-S", "-s", f"{_INSIDE}/server.py", "--connect", f"{_INSIDE}/door"]
+        command = ["python3", *launch.words(_INSIDE), "--connect", f"{_INSIDE}/door"]
         api = self._client.api
         try:
             made = api.create_container(
@@ -235,7 +234,9 @@ class _Door:
         path.chmod(0o666)
         self._socket.listen(1)
         self._socket.setblocking(False)
-        shutil.copyfile(SERVER, self.folder / "server.py")
+        for name, data in launch.files().items():
+            (self.folder / name).parent.mkdir(exist_ok=True)
+            (self.folder / name).write_bytes(data)
 
     async def accept(self, starting: asyncio.Future[Any]) -> socket.socket:
         """The server's connection; raises what `starting` raises, or `TimeoutError`. The folder goes."""
