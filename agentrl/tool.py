@@ -238,6 +238,10 @@ class Toolkit:
         """
         return branch(self, self._template or self, {id(kit): kit for kit in gathered((self,)) if kit is not self})
 
+    def metrics(self) -> dict[str, float]:
+        """Asked of the template after each training step: numbers for `metrics.jsonl`, by name."""
+        return {}
+
     async def close(self) -> None:
         """Release what the episode (or the template) holds. Idempotent."""
 

@@ -27,7 +27,7 @@ from types import MappingProxyType
 from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits
 from agentrl.sandboxes import cgroup, launch, seccomp
-from agentrl.sandboxes.images import rootfs
+from agentrl.sandboxes.images import hold, rootfs
 from agentrl.sandboxes.names import fresh_name
 from agentrl.sandboxes.session import Session
 
@@ -71,6 +71,7 @@ class BubblewrapBackend:
         self._launcher = ThreadPoolExecutor(1, "bubblewrap")
         self._workers = ThreadPoolExecutor(8, "bubblewrap-end")
         self._data: dict[str, int] = {}  # files in memory that each sandbox gets
+        self._held = -1
         self._open: set[Session] = set()
         self._uids = itertools.cycle(random.Random().sample(UIDS, len(UIDS)))
 
@@ -118,8 +119,13 @@ class BubblewrapBackend:
         self._open.clear()
         while self._data:
             os.close(self._data.popitem()[1])
+        if self._held >= 0:
+            os.close(self._held)
+            self._held = -1
 
     def _launch(self, channel: socket.socket, limits: Limits, enforcement: Enforcement) -> Bubble:
+        if self.root is not None and self._held < 0:
+            self._held = hold(self.root)
         name = fresh_name()
         server = {
             "seconds": limits.seconds,
@@ -245,6 +251,9 @@ class Bubble:
             return ()
         before, self._counts = self._counts, self._group.counts()
         return tuple(name for name, count in self._counts.items() if count > before.get(name, 0))
+
+    async def backend_failed(self) -> bool:
+        return False  # nothing stands between it and the kernel
 
     async def destroy(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._workers, self._destroy)

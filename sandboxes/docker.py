@@ -2,7 +2,8 @@
 
 No work goes through `docker exec`, which costs some sixty milliseconds a time: the host listens on a unix socket in a
 folder of the sandbox's own, mounted read-only, and the session server inside connects out. The folder goes away as soon
-as it has. Containers carry their owner's name, so that the next process removes what a dead one left.
+as it has. Containers and folders carry their owner's name, so that the next process removes what a dead one left.
+A sandbox that ends because the daemon did is no program's doing: `_Watch` tells.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,12 +27,13 @@ from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Enforcement, LimitName, Limits
 from agentrl.sandboxes import launch, seccomp
 from agentrl.sandboxes.images import IMAGE
-from agentrl.sandboxes.names import fresh_name, orphaned, own
+from agentrl.sandboxes.names import fresh_name, orphaned, own, reap_folders
 from agentrl.sandboxes.session import Session
 
 LABEL = "agentrl.sandbox"
 _INSIDE = "/run/agentrl"
 CONNECT_SECONDS = 30.0
+ANSWER_SECONDS = 5.0  # within which a daemon that is well says so
 STARTERS = 16  # threads that talk to the daemon
 T = TypeVar("T")
 
@@ -53,6 +56,9 @@ class DockerBackend:
         self._threads = ThreadPoolExecutor(STARTERS, "docker")
         self._client: Any = None
         self._info: dict[str, Any] = {}
+        self._watch: _Watch | None = None
+        self._watching = threading.Lock()
+        self._left: set[str] = set()  # names of ours that could not be removed when they ended
         self._open: set[Session] = set()
 
     async def missing(self) -> str | None:
@@ -75,11 +81,12 @@ class DockerBackend:
     async def open(self, limits: Limits) -> Session:
         enforcement = await self.enforcement(limits)
         if limits.strict and enforcement.missing:
-            name, why = next(iter(enforcement.missing.items()))
-            raise UsageError(f"docker does not enforce the limit on {name}: {why}; set strict: false to do without")
+            limit, why = next(iter(enforcement.missing.items()))
+            raise UsageError(f"docker does not enforce the limit on {limit}: {why}; set strict: false to do without")
         loop = asyncio.get_running_loop()
-        door = _Door()
-        box = Container(fresh_name(), enforcement, self._client, self._threads, door)
+        name = fresh_name()
+        door = _Door(name)
+        box = Container(name, enforcement, self._client, self._threads, door, self._left)
         try:
             starting = loop.run_in_executor(self._threads, self._start, box, limits)
             connection = await door.accept(starting)
@@ -98,6 +105,8 @@ class DockerBackend:
     async def close(self) -> None:
         await asyncio.gather(*(session.close() for session in self._open))
         self._open.clear()
+        if self._watch is not None:
+            self._watch.close()
 
     # -- in the threads ----------------------------------------------------------------------------
 
@@ -130,6 +139,7 @@ class DockerBackend:
         command = ["python3", *launch.words(_INSIDE), "--connect", f"{_INSIDE}/door"]
         api = self._client.api
         try:
+            box.watch = self._watched()
             made = api.create_container(
                 self.image,
                 [*command, json.dumps(options)],
@@ -148,6 +158,13 @@ class DockerBackend:
             raise InfraError(f"Docker did not start a sandbox: {error.explanation or error}") from error
         except OSError as error:  # requests' errors are OSErrors: the daemon is gone
             raise InfraError(f"the Docker daemon does not answer: {error}") from error
+
+    def _watched(self) -> _Watch:
+        """The watch over the daemon that runs now."""
+        with self._watching:
+            if self._watch is None or self._watch.ended:
+                self._watch = _Watch(self._client)
+            return self._watch
 
     def _walls(self, box: Container, limits: Limits) -> Any:
         import docker
@@ -177,11 +194,17 @@ class DockerBackend:
 
     def _reap(self, which: Callable[[str], bool] = orphaned) -> int:
         self._check()
-        count = 0
-        for found in self._client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True):
-            if which(found.labels.get(LABEL, "")):
+        count = reap_folders(Path(tempfile.gettempdir())) if which is orphaned else 0
+        try:
+            labelled = self._client.containers.list(all=True, filters={"label": LABEL}, ignore_removed=True)
+        except Exception as error:  # whatever the SDK and the socket under it raise
+            raise InfraError(f"the Docker daemon does not answer: {error}") from error
+        for found in labelled:
+            name = found.labels.get(LABEL, "")
+            if which(name) or name in self._left:
                 with contextlib.suppress(Exception):  # somebody else may be removing it just now
                     found.remove(force=True)
+                    self._left.discard(name)
                     count += 1
         return count
 
@@ -190,14 +213,22 @@ class Container:
     """One container and the folder of its socket."""
 
     def __init__(
-        self, name: str, enforcement: Enforcement, client: Any, threads: ThreadPoolExecutor, door: _Door
+        self,
+        name: str,
+        enforcement: Enforcement,
+        client: Any,
+        threads: ThreadPoolExecutor,
+        door: _Door,
+        left: set[str],
     ) -> None:
         self.name = name
         self.enforcement = enforcement
         self.id = ""
         self.door = door
+        self.watch: _Watch | None = None
         self._client = client
         self._threads = threads
+        self._left = left
         self._kills = 0
 
     def hit(self) -> tuple[LimitName, ...]:
@@ -209,6 +240,15 @@ class Container:
                 return ("memory",) if self._kills > before else ()
         return ()
 
+    async def backend_failed(self) -> bool:
+        """The daemon went while the sandbox lived (it may be back by now), or does not answer."""
+        try:
+            asking = asyncio.get_running_loop().run_in_executor(self._threads, self._client.ping)
+            await asyncio.wait_for(asking, ANSWER_SECONDS)
+        except Exception:  # whatever the SDK and the socket under it raise
+            return True
+        return self.watch is not None and self.watch.ended
+
     async def destroy(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, self._destroy)
 
@@ -219,18 +259,42 @@ class Container:
                 self._client.api.remove_container(self.id, v=True, force=True)
             except Exception as error:  # gone already, or the daemon is: the reaper looks again
                 if "No such container" not in str(error) and "already in progress" not in str(error):
+                    self._left.add(self.name)
                     raise InfraError(f"the container {self.name} could not be removed: {error}") from error
+
+
+class _Watch:
+    """Notices that the daemon ends: a stream of events, none of which is ever sent, ends with it and stays ended."""
+
+    def __init__(self, client: Any) -> None:
+        self.ended = False
+        self._stream = client.events(filters={"label": f"{LABEL}=none"})
+        threading.Thread(target=self._read, name="watch the Docker daemon", daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(Exception):  # the SDK has many ways to say that a stream broke off
+            for _ in self._stream:
+                pass
+        self.ended = True
+
+    def close(self) -> None:
+        with contextlib.suppress(Exception):
+            self._stream.close()
 
 
 class _Door:
     """A unix socket in a folder of its own, for one connection."""
 
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="agentrl-"))
+    def __init__(self, name: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
         self.folder.chmod(0o755)
         path = self.folder / "door"
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(str(path))
+        folder = os.open(self.folder, os.O_PATH)
+        try:  # a socket's path has 108 bytes at most, which a long TMPDIR would take up
+            self._socket.bind(f"/proc/self/fd/{folder}/door")
+        finally:
+            os.close(folder)
         path.chmod(0o666)
         self._socket.listen(1)
         self._socket.setblocking(False)

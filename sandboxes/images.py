@@ -3,11 +3,12 @@
 `build` works where no image can be pulled: a base comes from Debian's packages through debootstrap, the Python packages
 are chosen by this machine's pip for the base's Python, and so nothing is fetched while the image itself is built. The
 image, exported, is the root file system; without Docker the same parts are put together by hand. What is there and was
-made from the same recipe is left alone.
+made from the same recipe is left alone; what it replaces goes as soon as no sandbox stands on it.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -57,6 +58,13 @@ def rootfs() -> Path | None:
     """The root file system that `build` made, None before that."""
     found = cache() / "rootfs" / "current"
     return found.resolve() if found.is_symlink() and (found / "usr").is_dir() else None
+
+
+def hold(root: Path) -> int:
+    """A descriptor: while it is open, `build` does not remove this root file system, even where a newer one exists."""
+    held = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(held, fcntl.LOCK_SH)
+    return held
 
 
 def build(*, from_debian: bool, browser: bool, force: bool, say: Say) -> Built:
@@ -116,7 +124,8 @@ def _image(client: Any, folder: Path, recipe: str, from_debian: bool, say: Say) 
         say("importing it as an image")
         tar = folder / "root.tar"
         _run(["tar", "-C", str(root), "--numeric-owner", "-cf", str(tar), "."])
-        client.api.import_image(str(tar), repository=base.partition(":")[0], tag=SUITE)
+        changes = [f"LABEL {LABEL}={recipe}"]
+        client.api.import_image(str(tar), repository=base.partition(":")[0], tag=SUITE, changes=changes)
         tar.unlink()
         version = python_version(root)
     else:
@@ -152,6 +161,7 @@ def _docker_build(
         except (docker.errors.BuildError, docker.errors.APIError) as error:
             log = [str(part.get("stream", "")).strip() for part in getattr(error, "build_log", ())]
             raise InfraError(f"building {tag} failed: {_last(' | '.join(filter(None, log)) or str(error))}") from error
+    client.images.prune(filters={"dangling": True, "label": LABEL})
 
 
 def dockerfile(name: str) -> Path:
@@ -210,6 +220,8 @@ def _debootstrap(root: Path, say: Say) -> Path:
 def _finish_by_hand(root: Path, say: Say) -> None:
     """What the Dockerfile does."""
     _install(root / PACKAGES, python_version(root), say)
+    compiling = ["python3", "-m", "compileall", "-q", "-j", "0", "--invalidation-mode", "unchecked-hash"]
+    _run(["chroot", str(root), *compiling, f"/{PACKAGES}"])
     with (root / "etc/passwd").open("a") as file:
         file.write("agent:x:1000:1000::/workspace:/bin/sh\n")
     with (root / "etc/group").open("a") as file:
@@ -257,7 +269,22 @@ def _select(root: Path) -> Path:
     draft = root.parent / f"current.{os.getpid()}"
     draft.symlink_to(root.name)
     draft.replace(link)
+    for old in root.parent.iterdir():
+        if old != root and not old.is_symlink():
+            _remove_unless_held(old)
     return root
+
+
+def _remove_unless_held(root: Path) -> None:
+    held = os.open(root, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    else:
+        shutil.rmtree(root, ignore_errors=True)
+    finally:
+        os.close(held)
 
 
 def _built(image: str | None, root: Path | None) -> Built:

@@ -3,8 +3,8 @@
 Frames are a 4-byte big-endian length and a JSON object. One request is on its way at a time, each with a fresh nonce.
 Everything that comes back is checked: a frame that is no reply to the last request means that a program in there writes
 to the channel, and the sandbox is given up. A channel that ends, or stays silent, while a program runs is that
-program's doing; one that is found so, or that we ended ourselves, is not. What a backend built around the server is its
-`Vessel`.
+program's doing; one that is found so, that we ended ourselves, or that went with its backend is not. What a backend
+built around the server is its `Vessel`.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class Vessel(Protocol):
 
     def hit(self) -> tuple[LimitName, ...]:
         """Limits that the kernel says were run into since this was asked last; () where it does not say."""
+        ...
+
+    async def backend_failed(self) -> bool:
+        """Asked after a sandbox ended while a program ran: whether that is because what it ran on (a daemon) did."""
         ...
 
     async def destroy(self) -> None:
@@ -227,6 +231,8 @@ class Session:
                 raise InfraError(f"the sandbox {self.name} is gone: {self._over}") from gone
             status: Status = "died"
             self._doom(str(gone))
+            if await self._vessel.backend_failed():
+                raise InfraError(f"the sandbox {self.name} went with its backend") from gone
         except ToolError as wrong:
             return Result("error", error=str(wrong))
         except _Garbage as garbage:
@@ -386,7 +392,9 @@ class Session:
     async def _destroy(self) -> None:
         try:
             await self._vessel.destroy()
-        except Exception:  # whatever a backend meets: the reaper finds what was left
+        except InfraError as error:  # the reaper finds what was left
+            log.warning("%s", error)
+        except Exception:  # whatever else a backend meets
             log.exception("the sandbox %s could not be destroyed", self.name)
 
 

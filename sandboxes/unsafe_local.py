@@ -127,6 +127,9 @@ class _Process:
     def hit(self) -> tuple[LimitName, ...]:
         return ()
 
+    async def backend_failed(self) -> bool:
+        return False  # nothing stands between it and the kernel
+
     async def destroy(self) -> None:
         await asyncio.to_thread(self._destroy)
 

@@ -32,13 +32,14 @@ SIGNALS = {-9: "killed", -11: "segmentation fault", -6: "aborted", -7: "bus erro
 
 
 class BoxOptions(BaseModel, extra="forbid", frozen=True):
-    """Which sandbox, under which limits. `backend` None takes what holds best on this machine; `image` is Docker's.
-    `session` "jupyter" runs cells in an IPython kernel, with pictures. `warm` are kept ready, `most` exist at once.
-    `preload`: modules that are imported before an episode begins."""
+    """Which sandbox, under which limits. `backend` None takes what holds best on this machine; `image` and `runtime`
+    (such as runsc) are Docker's. `session` "jupyter" runs cells in an IPython kernel, with pictures. `warm` are kept
+    ready, `most` exist at once. `preload`: modules that are imported before an episode begins."""
 
     session: Literal["python", "jupyter"] = "python"
     backend: Literal["docker", "bubblewrap", "unsafe_local"] | None = None
     image: str | None = None
+    runtime: str | None = None
     limits: Limits = Limits.model_validate({})
     warm: int = Field(default=4, ge=0)
     most: int = Field(default=64, ge=1)
@@ -51,11 +52,16 @@ class BoxOptions(BaseModel, extra="forbid", frozen=True):
                 f"limits.seconds {self.limits.seconds:g} leaves no time within a tool's {TOOL_SECONDS:g} s: "
                 f"at most {TOOL_SECONDS - MARGIN:g}"
             )
-        if self.image is not None and self.backend != "docker":
-            raise ValueError("image belongs to backend: docker; name it, or remove the image")
+        if self.backend != "docker" and (named := {"image", "runtime"} & self._docker.keys()):
+            raise ValueError(f"{min(named)} belongs to backend: docker; name that, or leave {min(named)} out")
         if self.warm > self.most:
             raise ValueError(f"warm {self.warm} is more than most {self.most}: raise most, or lower warm")
         return self
+
+    @property
+    def _docker(self) -> dict[str, str]:
+        """The options that only Docker takes."""
+        return {key: value for key in ("image", "runtime") if (value := getattr(self, key)) is not None}
 
 
 class Box(Toolkit):
@@ -82,6 +88,14 @@ class Box(Toolkit):
 
     def fork(self) -> Self:
         raise Unsupported("a sandbox is not copied: replay the episode")
+
+    def metrics(self) -> dict[str, float]:
+        """The pool's numbers, as `sandbox/<name>`."""
+        values: dict[str, float] = {}
+        for pool in self._pools_made():
+            for name, value in pool.metrics().items():
+                values[f"sandbox/{name}"] = values.get(f"sandbox/{name}", 0.0) + value
+        return values
 
     async def close(self) -> None:
         """An episode gives its sandbox back; the template closes the pool."""
@@ -131,20 +145,27 @@ class Box(Toolkit):
     async def _choose(self) -> Backend:
         options = self.options
         own = {"preload": options.preload} if options.preload else {}
-        walls = await choose(options.backend, **(own | ({"image": options.image} if options.image else {})))
+        walls = await choose(options.backend, **own, **options._docker)
         return JupyterBackend(walls) if options.session == "jupyter" else walls
 
     def _shared(self) -> Pools:
         """The template's pools."""
         return self._template._pools if isinstance(self._template, Box) else self._pools
 
+    def _pools_made(self, loop: asyncio.AbstractEventLoop | None = None) -> list[Pool]:
+        """The template's pools that came to be, in `loop` or in any."""
+        return [
+            made.result()
+            for home, made in self._shared().items()
+            if loop in (None, home) and made.done() and not made.cancelled() and made.exception() is None
+        ]
+
     def _let_go(self) -> None:
         if self._sandbox is not None:
             sandbox, self._sandbox = self._sandbox, None
             with contextlib.suppress(RuntimeError):  # no loop runs: the sandbox ends with its channel
-                pending = self._shared().get(asyncio.get_running_loop())
-                if pending is not None and pending.done() and not pending.cancelled() and pending.exception() is None:
-                    pending.result().give_back(sandbox)
+                for pool in self._pools_made(asyncio.get_running_loop()):
+                    pool.give_back(sandbox)
 
 
 def told(result: Result, limits: Limits) -> str:

@@ -127,6 +127,8 @@ class ReinforceRunner:
         values["speed/episodes_s"] = values["episodes"] / (played - begun)
         values |= {"lr": lr, "train_tokens": float(report.tokens)}
         values |= {f"schedule/{path}": value for path, value in scheduled.items()}
+        for kit in session.env.kits:
+            values |= kit.metrics()
         values |= {"time/rollout": played - begun, "time/update": updated - played, "time/store": done - updated}
         session.progress.add_throughput(values)
         return values

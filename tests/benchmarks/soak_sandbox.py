@@ -6,7 +6,7 @@ every failure must say whose it was.
 
 A session leases a sandbox from the pool and runs three programs. One in twenty is killed from outside, half of those
 while a program runs (its `Result` must say "died") and half while nothing does (the next call must raise `InfraError`).
-A lease or a program that fails while the daemon is down counts as the daemon's, and is tried again.
+A lease or a program that fails while the daemon is down must say so (`InfraError`), and is tried again.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import random
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,10 @@ HANGS = 60.0  # seconds after which a session counts as hung
 
 def kill_from_outside(name: str) -> bool:
     """SIGKILL everything in the sandbox `name`; False where nothing was found."""
-    found = []
-    for folder in Path("/sys/fs/cgroup").glob(f"**/{name}"):
-        found += [int(pid) for pid in (folder / "cgroup.procs").read_text().split()]
+    found: list[int] = []
+    for top in set(cgroup.parents().values()):
+        if (top / name).is_dir():
+            found += [int(pid) for pid in (top / name / "cgroup.procs").read_text().split()]
     if not found:
         done = subprocess.run(["docker", "kill", name], capture_output=True, check=False)
         return done.returncode == 0
@@ -62,7 +64,7 @@ async def session(pool: Pool, rng: random.Random, down: asyncio.Event, counts: c
             killed = await asyncio.to_thread(kill_from_outside, box.name)
             result = await running
             right = result.status == "died" and result.lost
-            counts["killed while it ran: " + ("died" if right else f"{result.status}, killed {killed}")] += 1
+            counts["killed while it ran: " + ("died" if right else f"WRONG: {result.status}, killed {killed}")] += 1
             return
         if how < 0.05:
             await asyncio.to_thread(kill_from_outside, box.name)
@@ -72,14 +74,12 @@ async def session(pool: Pool, rng: random.Random, down: asyncio.Event, counts: c
             except InfraError:
                 counts["killed idle: infra"] += 1
             else:
-                counts["killed idle: wrongly answered"] += 1
+                counts["killed idle: WRONG: it answered"] += 1
             return
         for _ in range(2):
             result = await box.exec("x")
-            if result.status == "died" and down.is_set():
-                raise InfraError("the daemon took it along")
             if result.value != "1":
-                counts[f"wrong: {result.status}"] += 1
+                counts[f"not killed: WRONG: {result.status}"] += 1
                 return
         counts["ok"] += 1
     finally:
@@ -129,7 +129,13 @@ def leaked() -> dict[str, Any]:
         ["docker", "ps", "-aq", "--filter", f"name={mine}"], capture_output=True, text=True, check=False
     )
     bubbles = subprocess.run(["pgrep", "-P", str(os.getpid()), "bwrap"], capture_output=True, text=True, check=False)
-    return {"groups": len(groups), "containers": len(boxes.stdout.split()), "processes": len(bubbles.stdout.split())}
+    folders = list(Path(tempfile.gettempdir()).glob(f"{mine}*"))
+    return {
+        "groups": len(groups),
+        "containers": len(boxes.stdout.split()),
+        "processes": len(bubbles.stdout.split()),
+        "folders": len(folders),
+    }
 
 
 def main() -> None:

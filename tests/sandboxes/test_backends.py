@@ -191,3 +191,88 @@ def test_control_groups_come_and_go() -> None:
         group.remove()
         assert process.wait(5) == -signal.SIGKILL
     assert not any(folder.exists() for folder in group.folders)
+
+
+def test_a_root_file_system_in_use_outlives_its_successor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTRL_CACHE", str(tmp_path))
+    for name in ("used", "unused", "new"):
+        (tmp_path / "rootfs" / name / "usr").mkdir(parents=True)
+    held = images.hold(tmp_path / "rootfs" / "used")
+    images._select(tmp_path / "rootfs" / "new")
+    assert {path.name for path in (tmp_path / "rootfs").iterdir()} == {"used", "new", "current"}
+    os.close(held)
+    images._select(tmp_path / "rootfs" / "new")
+    assert {path.name for path in (tmp_path / "rootfs").iterdir()} == {"new", "current"}
+    assert images.rootfs() == tmp_path / "rootfs" / "new"
+
+
+def test_a_folder_for_sockets_may_be_deep_and_goes_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = tmp_path / ("d" * 120)
+    deep.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(deep))
+    dead = docker._Door("agentrl-4194304-1-00000000")
+    alive = docker._Door(names.fresh_name())
+    assert names.reap_folders(deep) == 1
+    assert not dead.folder.exists() and (alive.folder / "door").is_socket()
+    alive.remove()
+    assert not list(deep.iterdir())
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_program_is_not_blamed_for_the_daemon(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comes_back: bool
+) -> None:
+    """The daemon's socket goes through a relay that the test ends; the container ends at the same time."""
+    available("docker")
+    client, relay = images.docker_client(), tmp_path / "docker.sock"
+    connected: set[asyncio.StreamWriter] = set()
+
+    async def forward(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        connected.add(writer)
+        there, here = await asyncio.open_unix_connection("/var/run/docker.sock")
+
+        async def copy(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            while data := await source.read(1 << 16):
+                target.write(data)
+            target.close()
+
+        await asyncio.gather(copy(reader, here), copy(there, writer), return_exceptions=True)
+
+    async def story() -> None:
+        daemon = await asyncio.start_unix_server(forward, relay)
+        monkeypatch.setenv("DOCKER_HOST", f"unix://{relay}")
+        walls = backend("docker")
+
+        async def one_that_runs() -> Any:
+            box = await walls.open(DEFAULT)
+            running = asyncio.ensure_future(box.exec("import time; time.sleep(9)"))
+            await asyncio.sleep(0.2)
+            return box.name, running
+
+        name, running = await one_that_runs()
+        await asyncio.to_thread(client.api.kill, name)
+        assert (await running).status == "died"
+        name, running = await one_that_runs()
+        daemon.close()
+        for writer in connected:
+            writer.transport.abort()
+        if comes_back:
+            daemon = await asyncio.start_unix_server(forward, relay)
+        else:
+            relay.unlink(missing_ok=True)
+        await asyncio.to_thread(client.api.kill, name)
+        with pytest.raises(InfraError, match="went with its backend"):
+            await running
+        if comes_back:
+            name, running = await one_that_runs()
+            await asyncio.to_thread(client.api.kill, name)
+            assert (await running).status == "died"
+        await walls.close()
+        daemon.close()
+
+    asyncio.run(story())
+    for box in client.containers.list(all=True, filters={"label": docker.LABEL}, ignore_removed=True):
+        if names.own(box.labels[docker.LABEL]):
+            box.remove(force=True)

@@ -192,6 +192,10 @@ class Shell:
     name = "agentrl-1-1-00000000"
     enforcement = Enforcement()
     destroyed = 0
+    uprooted = False
+
+    async def backend_failed(self) -> bool:
+        return self.uprooted
 
     def hit(self) -> tuple[Any, ...]:
         return ()
@@ -265,6 +269,19 @@ def test_whatever_comes_over_the_channel_is_checked(said: bytes, status: str) ->
         assert (result.status, result.lost, box.alive) == (status, True, False)
         with pytest.raises(InfraError, match="is gone"):
             await box.exec("1")
+
+    play(story)
+
+
+def test_what_went_with_its_backend_is_no_programs_doing() -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        running = asyncio.ensure_future(box.exec("1"))
+        await inside.nonce()
+        inside.vessel.uprooted = True
+        inside.socket.close()
+        with pytest.raises(InfraError, match="went with its backend"):
+            await running
+        assert not box.alive
 
     play(story)
 
