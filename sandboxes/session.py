@@ -181,12 +181,19 @@ class Session:
             hello = json.loads(await channel.frame(loop, ready_within))
             session.python = str(hello["python"])[:40]
             absent = [str(name)[:300] for name in hello.get("absent", ())]
+            networks = [str(name)[:40] for name in hello.get("networks", ())]
         except (_Gone, _Garbage, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             await session.close()
             raise InfraError(f"the sandbox {vessel.name} did not start: {error}") from error
         except asyncio.CancelledError:
             await session.close()
             raise
+        if networks and "network" not in vessel.enforcement.missing:
+            await session.close()
+            raise UsageError(
+                f"the sandbox has a network ({', '.join(networks)}) though {vessel.name} was opened without one; "
+                "see what the container runtime does, or choose another backend"
+            )
         if absent:
             await session.close()
             raise UsageError(
@@ -230,15 +237,16 @@ class Session:
             if self._over:  # by us, while it ran
                 raise InfraError(f"the sandbox {self.name} is gone: {self._over}") from gone
             status: Status = "died"
+            hit = self._vessel.hit()
             self._doom(str(gone))
             if await self._vessel.backend_failed():
                 raise InfraError(f"the sandbox {self.name} went with its backend") from gone
         except ToolError as wrong:
             return Result("error", error=str(wrong))
         except _Garbage as garbage:
-            status = "protocol"
+            status, hit = "protocol", self._vessel.hit()
             self._doom(f"a program wrote to its channel: {garbage}")
-        return Result(status, hit=self._vessel.hit(), lost=True, seconds=time.perf_counter() - begun)
+        return Result(status, hit=hit, lost=True, seconds=time.perf_counter() - begun)
 
     def _result(self, reply: Mapping[str, Any], seconds: float) -> Result:
         """A program's reply, every field checked. Raises `_Garbage`."""

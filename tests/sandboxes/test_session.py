@@ -425,3 +425,23 @@ def test_a_server_that_says_no_hello_is_infra(said: bytes) -> None:
         theirs.close()
 
     asyncio.run(life())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_sandbox_with_a_network_is_refused_where_there_should_be_none(known: bool) -> None:
+    async def life() -> None:
+        ours, theirs = socket.socketpair()
+        theirs.sendall(frame(b'{"hello": 1, "python": "3", "networks": ["eth0"]}'))
+        vessel = Shell()
+        if known:
+            vessel.enforcement = Enforcement({"network": "there is one"})
+            session = await Session.start(ours, vessel, LIMITS)
+            assert session.alive
+            await session.close()
+        else:
+            with pytest.raises(UsageError, match="has a network \\(eth0\\)"):
+                await Session.start(ours, vessel, LIMITS)
+        assert vessel.destroyed == 1
+        theirs.close()
+
+    asyncio.run(life())
