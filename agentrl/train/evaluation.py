@@ -35,7 +35,7 @@ def summarise(groups: Sequence[Group], *, stage: str, step: int, decode: Decode)
         "ci95": list(wilson(k, n)) if n else None,
         "mean_reward": _mean([t.reward or 0.0 for t in scored]),
         "tool_calls": _mean([t.n_tool_calls for t in scored]),
-        "tokens": _mean([t.n_sampled for t in scored]),
+        "tokens": None if any(t.source == "endpoint" for t in scored) else _mean([t.n_sampled for t in scored]),
         "tool_cost": _mean([t.tool_cost for t in scored]),
         "cost": float(sum(turn.cost for t in trajectories for turn in t.turns)),
         "missing": len(trajectories) - n,

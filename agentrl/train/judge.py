@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from agentrl.config import Config, EvalSection
 from agentrl.console import Reporter
 from agentrl.context import AppendOnly, ContextPolicy
+from agentrl.errors import RunFailed
 from agentrl.rollout.actors import Actor
 from agentrl.rollout.endpoint import Endpoint, EndpointActor
 from agentrl.rollout.strategy import FlatRollouts
@@ -62,8 +64,7 @@ class Judge:
                 temperature = self.settings.temperature if mode == "sampled" else 0.0
                 actor = policy_actor(self.config, engine, chat, temperature=temperature)
                 groups = await self._play(actor, f"eval-{mode}", self.samples if mode == "sampled" else 1)
-                records.append(summarise(groups, stage=stage, step=step, decode=mode))
-                self.reporter.evaluated(records[-1])
+                records.append(self._report(groups, stage=stage, step=step, decode=mode))
         finally:
             await engine.close()
             await self.env.retire()
@@ -80,8 +81,7 @@ class Judge:
             finally:
                 await actor.close()
                 await self.env.retire()
-            records.append(summarise(groups, stage="endpoint", step=0, decode=mode))
-            self.reporter.evaluated(records[-1])
+            records.append(self._report(groups, stage="endpoint", step=0, decode=mode))
         return records
 
     async def record(self, folder: Path) -> None:
@@ -94,11 +94,29 @@ class Judge:
             actor = policy_actor(self.config, engine, chat, temperature=self.settings.temperature)
             groups = await self._play(actor, "rollout", self.samples, writer)
             writer.add([m.trajectory for g in groups for m in g.members], step=0, stage="rollout", split=self.split)
-            self.reporter.evaluated(summarise(groups, stage="rollout", step=0, decode="sampled"))
+            self._report(groups, stage="rollout", step=0, decode="sampled")
         finally:
             writer.close()
             await engine.close()
             await self.env.retire()
+
+    def _report(self, groups: list[Group], *, stage: str, step: int, decode: Decode) -> dict[str, Any]:
+        """The record, also shown. Raises `RunFailed` where no episode could be scored."""
+        record = summarise(groups, stage=stage, step=step, decode=decode)
+        if record["missing"]:
+            details = collections.Counter(
+                member.trajectory.outcome.detail or str(member.trajectory.outcome)
+                for group in groups
+                for member in group.members
+                if member.trajectory.reward is None
+            )
+            why, count = details.most_common(1)[0]
+            total = record["n"] + record["missing"]
+            if not record["n"]:
+                raise RunFailed(f"none of the {total} episodes could be scored; {count} of them: {why}")
+            self.reporter.warn(f"{record['missing']} of {total} episodes are missing; {count} of them: {why}")
+        self.reporter.evaluated(record)
+        return record
 
     async def _play(self, actor: Actor, stage: str, samples: int, writer: StoreWriter | None = None) -> list[Group]:
         await self.env.prepare()

@@ -16,8 +16,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from scripted import Door
 
+from agentrl import api
 from agentrl.algo.sampler import TaskDraw
-from agentrl.errors import UsageError
+from agentrl.errors import RunFailed, UsageError
 from agentrl.rollout.endpoint import Endpoint, EndpointActor
 from agentrl.rollout.manager import RolloutLimits, RolloutManager
 from agentrl.rollout.strategy import FlatRollouts
@@ -120,3 +121,28 @@ def test_a_refused_request_ends_the_run_with_a_sentence(server: Server) -> None:
     server.say(status=401)
     with pytest.raises(UsageError, match="check model and key"):
         play(server)
+
+
+def test_an_evaluation_says_why_episodes_are_missing(server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    def judge() -> dict[str, Any]:
+        config = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+        (record,) = api.evaluate(
+            config,
+            overrides=["rollout.retries=0", "rollout.episodes=1"],
+            endpoint=server.url,
+            endpoint_model="m",
+            n=2,
+            decode=("sampled",),
+        )
+        return record
+
+    for _ in range(6):
+        server.say("", status=500)
+    with pytest.raises(RunFailed, match=r"none of the 2 episodes could be scored; 2 of them: .*does not answer"):
+        judge()
+    for _ in range(3):
+        server.say("", status=500)
+    server.say("I do not know")
+    record = judge()
+    assert (record["n"], record["missing"], record["tokens"], record["success"]) == (1, 1, None, 0.0)
+    assert "1 of 2 episodes are missing; 1 of them" in capsys.readouterr().out
