@@ -5,6 +5,7 @@ A leaf module: messages, observations and tool results all carry `Content`.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import struct
 from collections.abc import Sequence
@@ -25,6 +26,11 @@ class Image:
         if not self.data:
             raise ValueError("an Image needs encoded bytes, but `data` is empty")
         object.__setattr__(self, "sha256", hashlib.sha256(self.data).hexdigest())
+
+    @property
+    def data_url(self) -> str:
+        """The picture as a URL that holds it."""
+        return f"data:{self.mime};base64,{base64.b64encode(self.data).decode()}"
 
     @property
     def alt(self) -> str:

@@ -53,7 +53,9 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
-    """What an engine can do; checked when the configuration is read."""
+    """What an engine can do; checked when the configuration is read. `forced`: it takes `Request.forced`.
+    `score_temperature`: it scores at other temperatures than 1. `truncation`: it takes top-k and top-p. `cache_block`:
+    tokens that its prefix cache keeps together. `max_context` 0: it has no limit of its own."""
 
     token_ids: bool = True
     logprobs: bool = True
@@ -62,6 +64,9 @@ class Capabilities:
     seeds: bool = True
     forced: bool = True
     deterministic: bool = True
+    score_temperature: bool = True
+    truncation: bool = True
+    cache_block: int = 1
     max_context: int = 0
 
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator as Script
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
-import numpy as np
-
 from agentrl.chat import ChatFormat, Dialogue, Message, Parsed
-from agentrl.engines import Engine, Request
+from agentrl.engines import Engine, Generation, Request
 from agentrl.env import Env, Obs, Say
 from agentrl.errors import EnvError
 from agentrl.host import CLOSE_SECONDS
@@ -24,12 +23,12 @@ from agentrl.task import Task
 from agentrl.trajectory import (
     Context,
     FinishReason,
-    Ids,
     Origin,
     Sampling,
     Source,
     Span,
     Turn,
+    as_floats,
     as_ids,
     ids_of,
 )
@@ -94,7 +93,7 @@ class Expert:
         self._task = task
         self._host_seed = host_seed
         self._seed = seed
-        self._script: Generator[Say, Obs, None] | None = None
+        self._script: Script[Say, Obs, None] | None = None
 
     async def say(self, heard: str | None, limit: float | None = None) -> Say | None:
         """The next message, in answer to what the environment said; None at the end of the script.
@@ -175,14 +174,17 @@ class _PolicyConversation(_TokenConversation):
         actor = self._actor
         context = self._dialogue.context
         sampling = replace(actor.sampling, max_tokens=min(max_tokens, actor.sampling.max_tokens), seed=seed)
-        forced = _recorded_ids(recorded) if recorded is not None else None
-        request = Request(ids_of(context), sampling, self._session, self._group, forced)
-        try:
-            async with actor.requests:
-                reply = await actor.engine.generate(request)
-        except asyncio.CancelledError:
-            await actor.engine.abort(self._session)
-            raise
+        if recorded is not None and not actor.engine.capabilities.forced:
+            reply = _recorded_reply(recorded)  # servers find what they cached by its ids alone
+        else:
+            forced = _recorded_reply(recorded).ids if recorded is not None else None
+            request = Request(ids_of(context), sampling, self._session, self._group, forced)
+            try:
+                async with actor.requests:
+                    reply = await actor.engine.generate(request)
+            except asyncio.CancelledError:
+                await actor.engine.abort(self._session)
+                raise
         parsed = self._dialogue.parse(reply.ids)
         span = Span(
             reply.ids,
@@ -206,9 +208,14 @@ class _PolicyConversation(_TokenConversation):
         await self._actor.engine.release(self._session)
 
 
-def _recorded_ids(turn: Turn) -> Ids:
-    spans = [span.ids for span in turn.sampled]
-    return as_ids(np.concatenate(spans)) if spans else as_ids([])
+def _recorded_reply(turn: Turn) -> Generation:
+    """The engine's reply that became `turn`."""
+    spans = turn.sampled
+    if not spans:
+        return Generation(as_ids([]), as_floats([]), turn.finish, ())
+    (span,) = spans  # a turn is one reply
+    assert span.logprobs is not None
+    return Generation(span.ids, span.logprobs, turn.finish, span.versions, span.entropies, span.entropy)
 
 
 class ExpertActor:

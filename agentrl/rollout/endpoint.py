@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
 from collections.abc import Sequence
@@ -150,8 +149,7 @@ def _content(content: Content) -> str | list[dict[str, Any]]:
         if isinstance(part, str):
             out.append({"type": "text", "text": part})
         else:
-            data = base64.b64encode(part.data).decode()
-            out.append({"type": "image_url", "image_url": {"url": f"data:{part.mime};base64,{data}"}})
+            out.append({"type": "image_url", "image_url": {"url": part.data_url}})
     return out
 
 

@@ -1,0 +1,92 @@
+"""HTTP to one model server: a pool of connections, and every way to fail in one of two shapes.
+
+`InfraError`: the server cannot be reached, broke off, or answered with something that is no reply. `Refused`: it
+understood the request and said no; the caller knows what that means for the request at hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from agentrl.errors import AgentRLError, InfraError
+
+CONNECTIONS = 1024  # a request holds one for as long as it generates
+CONNECT_SECONDS = 10.0
+CONTROL_SECONDS = 120.0  # for everything that does not generate
+
+
+class Refused(AgentRLError):
+    """The server's answer has the status `status`, 4xx or 5xx, and says `said`."""
+
+    def __init__(self, url: str, path: str, status: int, said: str) -> None:
+        super().__init__(f"{url} refused {path} (HTTP {status}): {said}")
+        self.status = status
+        self.said = said
+
+
+class Http:
+    """Requests to one server. `kind` names it in errors, such as "the SGLang server"."""
+
+    def __init__(self, url: str, kind: str, headers: dict[str, str] | None = None) -> None:
+        self.url = url.rstrip("/")
+        self.kind = kind
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers or {},
+            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
+            timeout=httpx.Timeout(CONTROL_SECONDS, connect=CONNECT_SECONDS, pool=None),
+        )
+
+    async def get(self, path: str, *, seconds: float = CONTROL_SECONDS) -> Any:
+        return await self._ask("GET", path, None, seconds)
+
+    async def text(self, path: str, *, seconds: float = CONTROL_SECONDS) -> str:
+        """What is no JSON, such as a table of metrics."""
+        return (await self._reply("GET", path, None, seconds)).text
+
+    async def post(
+        self, path: str, body: dict[str, Any] | None = None, *, seconds: float | None = CONTROL_SECONDS
+    ) -> Any:
+        """The reply's JSON, None where it is empty. `seconds`: of silence; None waits as long as it takes."""
+        return await self._ask("POST", path, body, seconds)
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None) -> Any:
+        reply = await self._reply(method, path, body, seconds)
+        if not reply.content.strip():
+            return None
+        try:
+            return reply.json()
+        except ValueError as error:
+            raise InfraError(f"{self.kind} at {self.url} answered {path} with no JSON: {reply.text[:100]!r}") from error
+
+    async def _reply(
+        self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
+    ) -> httpx.Response:
+        timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
+        try:
+            reply = await self._client.request(method, path, json=body, timeout=timeout)
+        except httpx.HTTPError as error:
+            raise InfraError(f"{self.kind} at {self.url} does not answer: {_reason(error)}") from error
+        if reply.status_code != 200:
+            raise Refused(self.url, path, reply.status_code, said(reply))
+        return reply
+
+
+def said(reply: httpx.Response) -> str:
+    """The sentence in an error reply, whichever of their shapes it has, in at most 500 characters."""
+    try:
+        found: Any = reply.json()
+    except ValueError:
+        found = reply.text
+    while isinstance(found, dict):
+        found = next((found[key] for key in ("error", "message", "detail") if key in found), str(found))
+    return str(found)[:500]
+
+
+def _reason(error: httpx.HTTPError) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

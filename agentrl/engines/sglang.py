@@ -1,0 +1,176 @@
+"""One SGLang server over its native HTTP routes (`/generate`, not the OpenAI ones).
+
+Log-probs are of the softmax at the request's temperature before top-k and top-p, the sampled end token included. An id
+outside the vocabulary would end the whole server, so `remote` checks ids before anything is sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from agentrl.engines import Generation, Request
+from agentrl.engines.http import Http, Refused
+from agentrl.engines.servers import ServerInfo, entropy_of, runs_of
+from agentrl.errors import InfraError, UsageError
+from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
+
+OLDEST = (0, 5, 20)  # /pause_generation with modes, spans of weight versions
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class SGLangServer:
+    """The `ModelServer` protocol for SGLang.
+
+    Args:
+        top_logprobs: how many of the likeliest tokens each reply names; their entropy stands in for the exact one
+            (0: no entropies).
+    """
+
+    def __init__(self, url: str, *, top_logprobs: int = 0, api_key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+        self._http = Http(url, "the SGLang server", headers)
+        self._top = top_logprobs
+
+    @property
+    def url(self) -> str:
+        return self._http.url
+
+    async def info(self) -> ServerInfo:
+        try:
+            about, models = await self._http.get("/server_info"), await self._http.get("/v1/models")
+            version, served = str(about["version"]), models["data"][0]
+            # A prompt may be some tokens shorter than the context only; what fits both is what we may use.
+            longest = min(int(served["max_model_len"]), int(about["max_req_input_len"]) + 1)
+            found = ServerInfo("sglang", version, str(about["model_path"]), longest)
+        except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"what answers at {self.url} is no SGLang server, or one without /server_info; this needs "
+                f"{'.'.join(map(str, OLDEST))} or newer"
+            ) from error
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+        if numbers < OLDEST:
+            raise UsageError(
+                f"SGLang {version} at {self.url} is too old: /pause_generation and weight versions need "
+                f"{'.'.join(map(str, OLDEST))} or newer"
+            )
+        return found
+
+    async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
+        body: dict[str, Any] = {
+            "input_ids": request.ids.tolist(),
+            "rid": rid,
+            "return_logprob": True,
+            "logprob_start_len": -1,  # 0 would recompute the prompt every time
+            "sampling_params": _sampling(request.sampling, max_tokens),
+        }
+        if self._top:
+            body["top_logprobs_num"] = self._top
+        if request.images:
+            body["image_data"] = [image.data_url for image in request.images]
+        return self._generation(await self._http.post("/generate", body, seconds=None))
+
+    async def score(self, ids: Ids, start: int) -> Floats:
+        reply = await self._http.post(
+            "/generate",
+            {
+                "input_ids": ids.tolist(),
+                "return_logprob": True,
+                "logprob_start_len": start - 1,
+                "sampling_params": {"max_new_tokens": 0},
+            },
+            seconds=None,
+        )
+        try:
+            values = [entry[0] for entry in reply["meta_info"]["input_token_logprobs"]][-(ids.size - start) :]
+            return as_floats(values if ids.size > start else [])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._odd(reply) from error
+
+    async def abort(self, rid: str) -> None:
+        await self._http.post("/abort_request", {"rid": rid})
+
+    async def pause(self) -> None:
+        await self._http.post("/pause_generation", {"mode": "retract"})
+
+    async def resume(self) -> None:
+        await self._http.post("/continue_generation", {})
+
+    async def load(self, folder: Path, version: int) -> None:
+        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        try:
+            reply = await self._http.post("/update_weights_from_disk", body, seconds=600)
+        except Refused as refused:
+            if "cache was not flushed" not in refused.said:
+                raise UsageError(
+                    f"the SGLang server at {self.url} did not take the weights: {refused.said}; it must serve the very "
+                    "architecture that is trained, and see the folder they are written to (engine.sync_folder)"
+                ) from refused
+            await self._http.post("/flush_cache?timeout=30")
+            return
+        if not (isinstance(reply, dict) and reply.get("success")):
+            raise UsageError(f"the SGLang server at {self.url} did not take the weights: {str(reply)[:300]}")
+
+    async def sleep(self) -> None:
+        await self._http.post("/release_memory_occupation", {})
+
+    async def wake(self) -> None:
+        await self._http.post("/resume_memory_occupation", {})
+
+    async def health(self) -> dict[str, Any]:
+        loads = (await self._http.get("/v1/loads", seconds=10))["loads"]
+        about = await self._http.get("/model_info", seconds=10)
+        return {
+            "running": sum(int(load["num_running_reqs"]) for load in loads),
+            "waiting": sum(int(load["num_waiting_reqs"]) for load in loads),
+            "version": about["weight_version"],
+        }
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    def _generation(self, reply: Any) -> Generation:
+        """Raises `InfraError` for what is no reply to /generate."""
+        try:
+            about = reply["meta_info"]
+            reason = about["finish_reason"]
+            if reason["type"] == "abort" and reason.get("status_code") not in (None, 200):
+                raise InfraError(f"the SGLang server at {self.url} gave a request up: {reason.get('message')}")
+            found = about.get("output_token_logprobs") or []
+            ids = as_ids([int(entry[1]) for entry in found])
+            logprobs = as_floats([min(float(entry[0]), 0.0) for entry in found])
+            if reply["output_ids"] != ids.tolist():
+                raise ValueError("ids and log-probs differ")
+            entropies = _entropies(about["output_top_logprobs"]) if self._top and ids.size else None
+            return Generation(
+                ids,
+                logprobs,
+                _FINISH[reason["type"]],
+                runs_of(about.get("weight_versions") or (), ids.size),
+                entropies,
+                "none" if entropies is None else "topk",
+                int(about.get("cached_tokens") or 0),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._odd(reply) from error
+
+    def _odd(self, reply: object) -> InfraError:
+        return InfraError(f"the SGLang server at {self.url} answered /generate with something else: {str(reply)[:200]}")
+
+
+def _sampling(sampling: Sampling, max_tokens: int) -> dict[str, Any]:
+    return {
+        "max_new_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "stop_token_ids": list(sampling.stop_ids),
+        "skip_special_tokens": False,
+        "no_stop_trim": True,
+        "sampling_seed": sampling.seed % 2**31,
+    }
+
+
+def _entropies(tops: Sequence[Sequence[Sequence[Any]]]) -> Floats:
+    return as_floats([entropy_of([float(entry[0]) for entry in top]) for top in tops])

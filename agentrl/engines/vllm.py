@@ -1,0 +1,185 @@
+"""One vLLM server over its token-in, token-out route (`/inference/v1/generate`).
+
+It must run with `--enable-scale-out`, `--logprobs-mode processed_logprobs` (or log-probs ignore the temperature),
+`VLLM_SERVER_DEV_MODE=1` (the routes for training) and the worker extension in `shims/vllm`: `agentrl engine serve`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from agentrl.engines import Generation, Request
+from agentrl.engines.http import Http, Refused
+from agentrl.engines.servers import ServerInfo, entropy_of, runs_of
+from agentrl.errors import InfraError, UsageError
+from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
+
+_FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
+
+
+class VLLMServer:
+    """The `ModelServer` protocol for vLLM.
+
+    Args:
+        top_logprobs: how many of the likeliest tokens each reply names; their entropy stands in for the exact one
+            (0: no entropies).
+    """
+
+    def __init__(self, url: str, *, top_logprobs: int = 0, api_key: str | None = None) -> None:
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+        self._http = Http(url, "the vLLM server", headers)
+        self._top = top_logprobs
+        self._model = ""
+
+    @property
+    def url(self) -> str:
+        return self._http.url
+
+    async def info(self) -> ServerInfo:
+        try:
+            version = str((await self._http.get("/version"))["version"])
+            served = (await self._http.get("/v1/models"))["data"][0]
+            self._model = str(served["id"])
+            longest = int(served["max_model_len"])
+        except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
+            raise UsageError(f"what answers at {self.url} is no vLLM server") from error
+        routes = {
+            "/is_paused": "VLLM_SERVER_DEV_MODE=1",
+            "/weight_info": "a newer vLLM (0.30 or newer), started with VLLM_SERVER_DEV_MODE=1",
+        }
+        for path, needs in routes.items():
+            try:
+                await self._http.get(path)
+            except Refused as refused:
+                raise UsageError(
+                    f"the vLLM server at {self.url} ({version}) has no {path}: it needs {needs}"
+                ) from refused
+        block = re.search(r'vllm:cache_config_info\{.*?\bblock_size="(\d+)"', await self._http.text("/metrics"))
+        return ServerInfo(
+            "vllm",
+            version,
+            str(served.get("root") or self._model),
+            longest,
+            truncation=False,
+            cache_block=int(block[1]) if block else 16,
+        )
+
+    async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
+        if request.images:
+            raise UsageError("pictures go to the vLLM server as features, which is not built; use the sglang engine")
+        if request.sampling.top_p < 1 or request.sampling.top_k:
+            raise UsageError(
+                "vLLM gives log-probs after top-k and top-p, not those of the whole softmax: set top_p: 1 and top_k: 0 "
+                "or use the sglang engine"
+            )
+        body: dict[str, Any] = {
+            "model": self._model,
+            "request_id": rid,
+            "token_ids": request.ids.tolist(),
+            "sampling_params": _sampling(request.sampling, max_tokens, self._top),
+        }
+        return self._generation(await self._http.post("/inference/v1/generate", body, seconds=None))
+
+    async def score(self, ids: Ids, start: int) -> Floats:
+        if ids.size == start:
+            return as_floats([])
+        reply = await self._http.post(
+            "/v1/completions",
+            {"model": self._model, "prompt": ids.tolist(), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0},
+            seconds=None,
+        )
+        try:
+            table = reply["choices"][0]["prompt_logprobs"]
+            return as_floats([table[at][str(int(ids[at]))]["logprob"] for at in range(start, ids.size)])
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._odd(reply) from error
+
+    async def abort(self, rid: str) -> None:
+        await self._http.post("/abort_requests", {"request_ids": [f"generate-tokens-{rid}"]})
+
+    async def pause(self) -> None:
+        await self._http.post("/pause?mode=keep")
+
+    async def resume(self) -> None:
+        await self._http.post("/resume")
+
+    async def load(self, folder: Path, version: int) -> None:
+        steps: tuple[tuple[str, dict[str, Any]], ...] = (
+            ("/start_weight_update", {}),
+            ("/update_weights", {"update_info": {"folder": str(folder)}}),
+            ("/finish_weight_update", {"weight_version": str(version)}),
+        )
+        try:
+            for path, body in steps:
+                await self._http.post(path, body, seconds=600)
+        except Refused as refused:
+            raise UsageError(
+                f"the vLLM server at {self.url} did not take the weights: {refused.said}; it must serve the very "
+                "architecture that is trained, see the folder they are written to (engine.sync_folder), and run with "
+                "the worker extension, as agentrl engine serve starts it"
+            ) from refused
+        await self._http.post("/reset_prefix_cache")
+
+    async def sleep(self) -> None:
+        await self._http.post("/sleep?level=1")
+
+    async def wake(self) -> None:
+        await self._http.post("/wake_up")
+
+    async def health(self) -> dict[str, Any]:
+        text = await self._http.text("/metrics", seconds=10)
+        counts = {"running": 0.0, "waiting": 0.0}
+        for line in text.splitlines():
+            for name in counts:
+                if line.startswith(f"vllm:num_requests_{name}{{"):
+                    counts[name] += float(line.rsplit(" ", 1)[1])
+        about = await self._http.get("/weight_info", seconds=10)
+        return {name: int(count) for name, count in counts.items()} | {"version": about["weight_version"]}
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    def _generation(self, reply: Any) -> Generation:
+        """Raises `InfraError` for what is no reply."""
+        try:
+            choice = reply["choices"][0]
+            ids = as_ids(choice["token_ids"] or [])
+            entries = (choice["logprobs"] or {"content": []})["content"]
+            logprobs = as_floats([min(float(entry["logprob"]), 0.0) for entry in entries])
+            if logprobs.size != ids.size:
+                raise ValueError("ids and log-probs differ")
+            entropies = _entropies(entries) if self._top and ids.size else None
+            usage = reply.get("usage") or {}
+            cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            return Generation(
+                ids,
+                logprobs,
+                _FINISH[choice["finish_reason"]],
+                runs_of(choice.get("weight_versions") or (), ids.size),
+                entropies,
+                "none" if entropies is None else "topk",
+                int(cached),
+            )
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise self._odd(reply) from error
+
+    def _odd(self, reply: object) -> InfraError:
+        return InfraError(f"the vLLM server at {self.url} answered with something else: {str(reply)[:200]}")
+
+
+def _sampling(sampling: Sampling, max_tokens: int, top: int) -> dict[str, Any]:
+    return {
+        "max_tokens": max_tokens,
+        "temperature": sampling.temperature,
+        "stop_token_ids": list(sampling.stop_ids),
+        "ignore_eos": True,  # the chat's stop ids are all that end a turn
+        "logprobs": top,
+        "seed": sampling.seed % 2**31,
+        "skip_special_tokens": False,
+    }
+
+
+def _entropies(entries: list[Any]) -> Floats:
+    return as_floats([entropy_of([float(other["logprob"]) for other in entry["top_logprobs"]]) for entry in entries])
