@@ -219,6 +219,8 @@ class Host:
         start = time.perf_counter()
         effect: Effect | Lost | EpisodeError
         try:
+            await instance.prepare(call, None)
+            start = time.perf_counter()
             effect = await instance.call(call, self._limit(call))
         except (Lost, EpisodeError) as error:
             effect = error
@@ -287,6 +289,7 @@ class Host:
                 self._same(what, heard, event.heard)
             else:
                 what = f"call {event.said.name}, event {number}"
+                await instance.prepare(event.said, None)
                 self._same(what, await instance.call(event.said, self._limit(event.said)), event.heard)
         except Lost as lost:
             raise self._late(f"replay of event {number}", lost) from lost

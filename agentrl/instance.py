@@ -24,7 +24,7 @@ from agentrl.env import Env, Episode, Obs
 from agentrl.errors import AgentRLError, EnvError, InfraError, PolicyError, ToolError
 from agentrl.task import Task
 from agentrl.threads import PATIENCE, WORKERS
-from agentrl.tool import Tool, Toolkit
+from agentrl.tool import Tool, Toolkit, gathered
 from agentrl.trajectory import ErrorKind, ToolCall
 
 GRACE = 0.5  # seconds a cancelled coroutine has to end
@@ -57,6 +57,7 @@ class Instance(Protocol):
     """An episode's environment, wherever it lives. All but `close` may raise `Lost`, `InfraError`, `EnvError`."""
 
     async def reset(self, task: Task, seed: tuple[int, ...], limit: float | None) -> Obs | None: ...
+    async def prepare(self, call: ToolCall, limit: float | None) -> None: ...
     async def call(self, call: ToolCall, limit: float | None) -> Effect: ...
     async def reply(self, text: str, limit: float | None) -> Obs | None: ...
     async def anchor(self, limit: float | None) -> str | None: ...
@@ -156,6 +157,13 @@ class Local:
                 return Effect(cut(str(value.error) or "Error: the call failed", longest)[0], "tool")
             return Effect(f"Error: {first_line(value.error)}", "bug")
         return effect_of(value, tool.name, longest)
+
+    async def prepare(self, call: ToolCall, limit: float | None) -> None:
+        """Have what the call needs (`Toolkit.ready`)."""
+        owner, _ = self._box.get(call.name, (None, None))
+        for kit in gathered((owner,)) if isinstance(owner, Toolkit) else ():
+            if overrides(kit, "ready", Toolkit):
+                await self._ask(f"{type(kit).__name__}.ready", kit.ready, limit)
 
     async def reply(self, text: str, limit: float | None) -> Obs | None:
         if not overrides(self.env, "reply", Env):

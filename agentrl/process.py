@@ -143,6 +143,9 @@ class Remote:
         obs: Obs | None = await self._ask("reset", (task, seed), limit)
         return obs
 
+    async def prepare(self, call: ToolCall, limit: float | None) -> None:
+        await self._ask("prepare", (call,), limit)
+
     async def call(self, call: ToolCall, limit: float | None) -> Effect:
         effect: Effect = await self._ask("call", (call,), limit)
         return effect

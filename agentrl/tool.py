@@ -225,6 +225,10 @@ class Toolkit:
     def reset(self, rng: Any) -> None:
         """At the start of an episode."""
 
+    async def ready(self) -> None:
+        """Before each call of a tool: wait here for what the call needs, such as a sandbox. Neither the tool's deadline
+        nor its cost per second counts this. May raise `InfraError`."""
+
     def spawn(self) -> Self:
         """A shallow copy for one episode, which knows its template."""
         child = copy.copy(self)

@@ -12,7 +12,7 @@ One question in eight, by its hash, is held out for the test split; of functions
 
 from __future__ import annotations
 
-import ast
+import asyncio
 import hashlib
 import math
 import re
@@ -27,7 +27,8 @@ from pydantic import BaseModel, Field
 
 from agentrl import Env, Episode, Obs, Say, Score, Task, ToolCall
 from agentrl.content import text_of
-from agentrl.sandbox import Result, Sandbox
+from agentrl.errors import InfraError
+from agentrl.sandbox import Result
 from agentrl.tools.box import Box, BoxOptions
 from agentrl.tools.files import Files
 from agentrl.tools.python import Python
@@ -35,7 +36,8 @@ from agentrl.tools.shell import Shell
 
 HELD_OUT = 512
 _HELD_OUT_SEED = 7_040
-_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)```", re.DOTALL)
+TEST_SECONDS = 2.0  # for one hidden test
+JUDGE_SECONDS = 20.0  # for all of a function's
 _NUMBER = re.compile(r"-?\d+")
 Value = int | str | list[int]
 Inputs = tuple[tuple[Any, ...], ...]
@@ -240,8 +242,7 @@ class CodeInterpreter(Env):
         return (task for task in self._stream(seed) if not _is_held_out(task))
 
     async def reset(self, task: Task, rng: np.random.Generator) -> None:  # type: ignore[override]
-        for path, text in task.data["question"].files:
-            await (await self.box.sandbox()).write(path, text.encode())
+        self.box.begin_with({path: text.encode() for path, text in task.data["question"].files})
 
     async def score(self, episode: Episode) -> Score:  # type: ignore[override]
         """The share of checks that hold: one for an answer, one for each hidden test of a function."""
@@ -250,29 +251,36 @@ class CodeInterpreter(Env):
             found = _NUMBER.findall(episode.final_text)
             right = bool(found) and found[-1] == str(question.answer)
             return Score({"checks": float(right)}, right)
-        blocks = _BLOCK.findall(episode.final_text)
-        passed = await self._judge(blocks[-1], question) if blocks else 0
+        self.box.let_go()
+        submission = _last_block(episode.final_text)
+        passed = await self._judge(submission, question) if submission else 0
         return Score({"checks": passed / len(question.inputs)}, passed == len(question.inputs))
 
     async def _judge(self, submission: str, question: Question) -> int:
         """How many hidden tests the submitted function passes, in a sandbox that its author never saw.
 
-        Each input is shown in a call of its own, and the values that are expected stay here.
+        Each input is shown in a call of its own, and the values that are expected stay here. What is not done within
+        `JUDGE_SECONDS`, or after the sandbox was taken down, counts as failed.
         """
         passed = 0
         async with self.box.fresh() as judge:
-            told = await judge.exec(submission)
-            for given, expected in zip(question.inputs, question.outputs, strict=True):
-                if not judge.alive:
-                    break
-                if told.lost:  # a test killed the session: the others still get their chance
-                    await judge.exec(submission)
-                told = await self._test_one(judge, question.name, given)
-                passed += _same(told, expected)
+            try:
+                async with asyncio.timeout(JUDGE_SECONDS):
+                    told = await judge.exec(submission, TEST_SECONDS)
+                    for given, expected in zip(question.inputs, question.outputs, strict=True):
+                        if told.lost:  # a test killed the session: the others still get their chance
+                            told = await judge.exec(submission, TEST_SECONDS)
+                            if not told.ok:
+                                break
+                        call = f"{question.name}({', '.join(map(repr, given))})"
+                        told = await judge.exec(call, TEST_SECONDS)
+                        passed += _same(told, expected)
+            except TimeoutError:
+                return passed
+            except InfraError:
+                if not await judge.at_fault():
+                    raise
         return passed
-
-    async def _test_one(self, judge: Sandbox, name: str, given: tuple[Any, ...]) -> Result:
-        return await judge.exec(f"{name}({', '.join(map(repr, given))})")
 
     def demonstrate(self, task: Task, rng: np.random.Generator) -> Generator[Say, Obs, None]:
         question: Question = task.data["question"]
@@ -327,14 +335,24 @@ def hash_of(value: object) -> int:
 
 
 def _same(told: Result, expected: Value) -> bool:
-    """Whether a call returned exactly `expected`, type included."""
-    if told.status != "ok" or told.value is None or len(told.value) > 10_000:
-        return False
-    try:
-        value = ast.literal_eval(told.value)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return False
-    return type(value) is type(expected) and value == expected
+    """Whether a call returned exactly `expected`, types included. What it says is never evaluated: it is written by
+    whoever is judged."""
+    return told.ok and not told.lost and told.value == repr(expected)
+
+
+def _last_block(text: str) -> str:
+    """The last fenced block of an answer, "" where there is none."""
+    found = ""
+    block: list[str] | None = None
+    for line in text.splitlines():
+        mark = line.strip()
+        if block is None and mark in ("```", "```python"):
+            block = []
+        elif block is not None and mark == "```":
+            found, block = "\n".join(block), None
+        elif block is not None:
+            block.append(line)
+    return found
 
 
 def _wrong(question: Question, rng: np.random.Generator) -> str:

@@ -19,7 +19,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -29,7 +29,7 @@ from agentrl.sandbox import Enforcement, LimitName, Limits
 from agentrl.sandboxes import cgroup, launch, seccomp
 from agentrl.sandboxes.images import hold, rootfs
 from agentrl.sandboxes.names import fresh_name
-from agentrl.sandboxes.session import Session
+from agentrl.sandboxes.session import Cause, Session
 
 INSIDE = "/run/agentrl"  # where the session server lies
 SHARED = 16 << 20  # bytes of /dev/shm
@@ -97,13 +97,17 @@ class BubblewrapBackend:
         if limits.strict and enforcement.missing:
             name, why = next(iter(enforcement.missing.items()))
             raise UsageError(f"bubblewrap does not enforce the limit on {name}: {why}; set strict: false to do without")
-        loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
+        job = self._launcher.submit(self._launch, theirs, limits, enforcement)
         try:
-            with theirs:
-                bubble = await loop.run_in_executor(self._launcher, self._launch, theirs, limits, enforcement)
+            bubble = await asyncio.shield(asyncio.wrap_future(job))
         except BaseException as error:
             ours.close()
+            if isinstance(error, asyncio.CancelledError):  # in threads: the event loop may be about to close
+                if job.cancel():
+                    theirs.close()
+                else:
+                    job.add_done_callback(self._abandon)
             if isinstance(error, OSError):
                 raise InfraError(f"bubblewrap cannot be started: {error}") from error
             raise
@@ -122,8 +126,22 @@ class BubblewrapBackend:
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
+        # The launcher goes last, and not before its sandboxes: they die with it.
+        await asyncio.to_thread(self._workers.shutdown)
+        self._launcher.shutdown(wait=False)
+        self._launcher, self._workers = ThreadPoolExecutor(1, "bubblewrap"), ThreadPoolExecutor(8, "bubblewrap-end")
+
+    def _abandon(self, job: Future[Bubble]) -> None:
+        """Whoever wanted this one went away while it was being started."""
+        if job.exception() is None:
+            self._workers.submit(job.result()._destroy)
 
     def _launch(self, channel: socket.socket, limits: Limits, enforcement: Enforcement) -> Bubble:
+        """In the launcher's thread, which owns the sandbox's end of the channel from now on."""
+        with channel:
+            return self._start(channel, limits, enforcement)
+
+    def _start(self, channel: socket.socket, limits: Limits, enforcement: Enforcement) -> Bubble:
         if self.root is not None and self._held < 0:
             self._held = hold(self.root)
         name = fresh_name()
@@ -252,8 +270,8 @@ class Bubble:
         before, self._counts = self._counts, self._group.counts()
         return tuple(name for name, count in self._counts.items() if count > before.get(name, 0))
 
-    async def backend_failed(self) -> bool:
-        return False  # nothing stands between it and the kernel
+    async def cause(self) -> Cause:
+        return "memory" if "memory" in self.hit() else "unknown"
 
     async def destroy(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._workers, self._destroy)

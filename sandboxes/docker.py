@@ -12,6 +12,7 @@ import asyncio
 import atexit
 import contextlib
 import json
+import logging
 import os
 import shutil
 import socket
@@ -19,7 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ from agentrl.sandbox import Enforcement, LimitName, Limits
 from agentrl.sandboxes import launch, seccomp
 from agentrl.sandboxes.images import IMAGE
 from agentrl.sandboxes.names import fresh_name, orphaned, own, reap_folders
-from agentrl.sandboxes.session import Session
+from agentrl.sandboxes.session import Cause, Session
 
 LABEL = "agentrl.sandbox"
 _INSIDE = "/run/agentrl"
@@ -37,6 +38,7 @@ CONNECT_SECONDS = 30.0
 ANSWER_SECONDS = 5.0  # within which a daemon that is well says so
 STARTERS = 16  # threads that talk to the daemon
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 class DockerBackend:
@@ -84,15 +86,18 @@ class DockerBackend:
         if limits.strict and enforcement.missing:
             limit, why = next(iter(enforcement.missing.items()))
             raise UsageError(f"docker does not enforce the limit on {limit}: {why}; set strict: false to do without")
-        loop = asyncio.get_running_loop()
         name = fresh_name()
         door = _Door(name)
         box = Container(name, enforcement, self._client, self._threads, door, self._left)
+        job = self._threads.submit(self._start, box, limits)
         try:
-            starting = loop.run_in_executor(self._threads, self._start, box, limits)
-            connection = await door.accept(starting)
+            connection = await door.accept(asyncio.wrap_future(job))
         except BaseException as error:
-            await asyncio.shield(box.destroy())
+            # In a thread from beginning to end: the event loop may be about to close.
+            job.cancel()
+            undone = self._threads.submit(_undo, job, box)
+            if not isinstance(error, asyncio.CancelledError):
+                await asyncio.shield(asyncio.wrap_future(undone))
             if isinstance(error, TimeoutError):
                 raise InfraError(f"the container {box.name} did not connect within {CONNECT_SECONDS:g} s") from error
             raise
@@ -106,8 +111,11 @@ class DockerBackend:
     async def close(self) -> None:
         await asyncio.gather(*(session.close() for session in self._open))
         self._open.clear()
-        if self._watch is not None:
-            self._watch.close()
+        threads, self._threads = self._threads, ThreadPoolExecutor(STARTERS, "docker")
+        await asyncio.to_thread(threads.shutdown)
+        if self._client is not None:
+            atexit.unregister(self._leave)
+            await asyncio.to_thread(self._disconnect)
 
     # -- in the threads ----------------------------------------------------------------------------
 
@@ -120,11 +128,19 @@ class DockerBackend:
             self._client, self._info = _connect(self.image, self.runtime)
             atexit.register(self._leave)
 
+    def _disconnect(self) -> None:
+        if self._left:
+            with contextlib.suppress(InfraError):
+                self._reap()
+        if self._watch is not None:
+            self._watch.close()
+        self._client.close()
+        self._client = self._watch = None
+
     def _leave(self) -> None:
         """The process ends: its containers end by themselves, for their channels do, and are removed here."""
-        if self._open:
-            with contextlib.suppress(Exception):  # the next process tries again
-                self._reap(own)
+        with contextlib.suppress(Exception):  # the next process tries again
+            self._reap(own)
 
     def _start(self, box: Container, limits: Limits) -> None:
         """Create and start, in two requests: what the SDK's objects would ask besides is not needed."""
@@ -174,7 +190,7 @@ class DockerBackend:
         disk = f"size={limits.disk_mb}m,nr_inodes={limits.inodes},uid=1000,gid=1000,mode=0700,nosuid,nodev,exec"
         Ulimit, Mount = docker.types.Ulimit, docker.types.Mount
         return self._client.api.create_host_config(
-            mounts=[Mount(_INSIDE, str(box.door.folder), type="bind", read_only=True)],
+            mounts=[Mount(_INSIDE, str(box.door.shown), type="bind", read_only=True)],
             tmpfs={"/workspace": disk, "/tmp": disk},
             network_mode="none",
             read_only=True,
@@ -242,14 +258,24 @@ class Container:
                 return ("memory",) if self._kills > before else ()
         return ()
 
-    async def backend_failed(self) -> bool:
-        """The daemon went while the sandbox lived (it may be back by now), or does not answer."""
+    async def cause(self) -> Cause:
+        """A daemon that went while the sandbox lived may be back by now; one that does not answer is ill."""
         try:
-            asking = asyncio.get_running_loop().run_in_executor(self._threads, self._client.ping)
-            await asyncio.wait_for(asking, ANSWER_SECONDS)
+            asking = asyncio.get_running_loop().run_in_executor(self._threads, self._out_of_memory)
+            out_of_memory = await asyncio.wait_for(asking, ANSWER_SECONDS)
         except Exception:  # whatever the SDK and the socket under it raise
-            return True
-        return self.watch is not None and self.watch.ended
+            return "backend"
+        if self.watch is not None and self.watch.ended:
+            return "backend"
+        return "memory" if out_of_memory or "memory" in self.hit() else "unknown"
+
+    def _out_of_memory(self) -> bool:
+        import docker
+
+        try:
+            return bool(self._client.api.inspect_container(self.id)["State"]["OOMKilled"])
+        except docker.errors.NotFound:  # somebody has removed it
+            return False
 
     async def destroy(self) -> None:
         await asyncio.get_running_loop().run_in_executor(self._threads, self._destroy)
@@ -289,14 +315,17 @@ class _Watch:
 
 
 class _Door:
-    """A unix socket in a folder of its own, for one connection."""
+    """A unix socket in a folder of its own, for one connection. Only the container sees it: the folder that is mounted
+    there lies in one that nobody else on this machine may enter."""
 
     def __init__(self, name: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
-        self.folder.chmod(0o755)
-        path = self.folder / "door"
+        self.shown = self.folder / "shown"
+        self.shown.mkdir()
+        self.shown.chmod(0o755)
+        path = self.shown / "door"
         self._socket = socket.socket(socket.AF_UNIX)
-        folder = os.open(self.folder, os.O_PATH)
+        folder = os.open(self.shown, os.O_PATH)
         try:  # a socket's path has 108 bytes at most, which a long TMPDIR would take up
             self._socket.bind(f"/proc/self/fd/{folder}/door")
         finally:
@@ -305,29 +334,38 @@ class _Door:
         self._socket.listen(1)
         self._socket.setblocking(False)
         for name, data in launch.files().items():
-            (self.folder / name).parent.mkdir(exist_ok=True)
-            (self.folder / name).write_bytes(data)
+            (self.shown / name).parent.mkdir(exist_ok=True)
+            (self.shown / name).write_bytes(data)
 
     async def accept(self, starting: asyncio.Future[Any]) -> socket.socket:
-        """The server's connection; raises what `starting` raises, or `TimeoutError`. The folder goes."""
+        """The server's connection, for which the folder goes; raises what `starting` raises, or `TimeoutError`."""
         loop = asyncio.get_running_loop()
         accepting: asyncio.Future[Any] = asyncio.ensure_future(loop.sock_accept(self._socket))
+        starting.add_done_callback(lambda done: done.cancelled() or done.exception())  # heard, whoever has gone
         try:
             done, _ = await asyncio.wait({accepting, starting}, timeout=CONNECT_SECONDS, return_when="FIRST_COMPLETED")
             if starting in done:
                 starting.result()
             await asyncio.wait_for(asyncio.shield(accepting), CONNECT_SECONDS)
             await starting
-            connection: socket.socket = accepting.result()[0]
-            return connection
         finally:
             accepting.cancel()
-            await asyncio.wait({starting})  # its thread still uses the folder
-            self.remove()
+        self.remove()
+        connection: socket.socket = accepting.result()[0]
+        return connection
 
     def remove(self) -> None:
         self._socket.close()
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _undo(job: Future[None], box: Container) -> None:
+    """Remove what became of a start that nobody waits for any more. `job` runs already, or never will."""
+    wait([job])
+    try:
+        box._destroy()
+    except InfraError as error:  # the reaper finds it
+        log.warning("%s", error)
 
 
 def _connect(image: str, runtime: str | None) -> tuple[Any, dict[str, Any]]:

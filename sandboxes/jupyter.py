@@ -14,7 +14,7 @@ from typing import Any
 
 from agentrl.content import Image
 from agentrl.errors import InfraError, UsageError
-from agentrl.sandbox import Backend, Enforcement, Limits, PathError, Result, Sandbox, Unsupported
+from agentrl.sandbox import Backend, Enforcement, Limits, PathError, Result, Sandbox, Status, Unsupported
 from agentrl.sandboxes import choose
 
 BRIDGE = Path(__file__).with_name("kernel.py")
@@ -84,6 +84,7 @@ class JupyterSession:
     def __init__(self, box: Sandbox, limits: Limits) -> None:
         self.box = box
         self.limits = limits
+        self._lost = False
 
     async def start(self) -> None:
         """Start the kernel. Raises `UsageError` where the sandbox has no ipykernel."""
@@ -105,25 +106,26 @@ class JupyterSession:
 
     @property
     def alive(self) -> bool:
-        return self.box.alive
+        return self.box.alive and not self._lost
 
     @property
     def enforcement(self) -> Enforcement:
         return self.box.enforcement
+
+    async def at_fault(self) -> bool:
+        return self._lost or await self.box.at_fault()
 
     async def exec(self, code: str, seconds: float | None = None) -> Result:
         allowed = min(seconds or self.limits.seconds, self.limits.seconds)
         longest = self.limits.output_bytes // 4  # it comes back within JSON within a value
         result = await self.box.exec(f"_agentrl_kernel.kernel.run({code!r}, {longest})", allowed)
         if result.lost or result.value is None:
-            if result.lost and self.alive:
-                await self.start()
-            return replace(result, value=None, lost=True)
+            return await self._give_up(result, "died" if result.status in ("ok", "error") else result.status)
         try:
             told = json.loads(ast.literal_eval(result.value))
             value, error, pictures = told["value"], told["error"], told["pictures"]
-        except (ValueError, SyntaxError, KeyError, TypeError):
-            return replace(result, status="protocol", value=None)
+        except Exception:  # a program has changed the bridge, and may make it say whatever breaks a reader
+            return await self._give_up(result, "protocol")
         status = "error" if result.status == "ok" and error else result.status
         return replace(
             result,
@@ -132,6 +134,12 @@ class JupyterSession:
             error=error if isinstance(error, str) else None,
             images=await self._pictures(pictures),
         )
+
+    async def _give_up(self, result: Result, status: Status) -> Result:
+        """The kernel is gone. Another would start among files that a program may have planted, so the sandbox goes."""
+        self._lost = True
+        await self.box.close()
+        return replace(result, status=status, value=None, lost=True)
 
     async def _pictures(self, told: Any) -> tuple[Image, ...]:
         found = []

@@ -744,12 +744,12 @@ class Server:
             if request["last"]:
                 os.rename(draft, name, src_dir_fd=folder, dst_dir_fd=folder)
             return {}
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
             try:
                 os.unlink(draft, dir_fd=folder)
             except OSError:
                 pass
-            raise Refused(f"{request['path']}: {error.strerror}") from None
+            raise Refused(f"{request['path']!r}: {getattr(error, 'strerror', 'this is no file name')}") from None
         finally:
             os.close(folder)
 
@@ -784,6 +784,8 @@ class Server:
             os.makedirs(folder, exist_ok=True)
             os.chmod(folder, 0o700)
             empty(folder)
+        if self.alone and os.path.isdir("/dev/shm"):
+            empty("/dev/shm")
         os.chdir(self.workspace)
         self.cells, self.lost = 0, False
         self.ready_worker()

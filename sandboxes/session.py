@@ -15,12 +15,13 @@ import binascii
 import contextlib
 import json
 import logging
+import re
 import secrets
 import socket
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from agentrl.content import Image
 from agentrl.errors import InfraError, ToolError, UsageError
@@ -36,8 +37,16 @@ CHORE = 30.0  # seconds for everything that runs no program
 MOST_IMAGES = 16
 MOST_FILES = 5000
 _STATUSES = frozenset(get_args(Status)) - {"protocol"}
+KILLED = (-9, 137)  # exit codes, of a process and as a shell tells of its child
+WANT = re.compile(
+    r"MemoryError|SIGKILL|Killed|annot allocate|can't start new thread|temporarily unavailable|annot fork"
+)
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 log = logging.getLogger(__name__)
+
+
+Cause = Literal["backend", "memory", "unknown"]
+"""Why a sandbox ended: what it ran on did (a daemon), its processes took more memory than they may, or who knows."""
 
 
 class Vessel(Protocol):
@@ -53,8 +62,8 @@ class Vessel(Protocol):
         """Limits that the kernel says were run into since this was asked last; () where it does not say."""
         ...
 
-    async def backend_failed(self) -> bool:
-        """Asked after a sandbox ended while a program ran: whether that is because what it ran on (a daemon) did."""
+    async def cause(self) -> Cause:
+        """Asked once, of a sandbox that has ended and is not destroyed yet: why, as far as can be told from outside."""
         ...
 
     async def destroy(self) -> None:
@@ -161,8 +170,10 @@ class Session:
         self._loop = asyncio.get_running_loop()
         self._life = self._loop.call_later(limits.life, self._expire)
         self._over = ""  # why nothing more can be done here
+        self._used = False  # a program has run
+        self._programs_doing: asyncio.Future[bool] = self._loop.create_future()  # known once it is over
         self._leaving: asyncio.Task[None] | None = None
-        channel.on_end = lambda error: self._doom(str(error))
+        channel.on_end = lambda error: self._doom(str(error), None)
 
     @classmethod
     async def start(
@@ -217,6 +228,9 @@ class Session:
     def enforcement(self) -> Enforcement:
         return self._vessel.enforcement
 
+    async def at_fault(self) -> bool:
+        return not self.alive and await asyncio.shield(self._programs_doing)
+
     # -- programs ------------------------------------------------------------------------------
 
     async def exec(self, code: str, seconds: float | None = None) -> Result:
@@ -238,14 +252,14 @@ class Session:
                 raise InfraError(f"the sandbox {self.name} is gone: {self._over}") from gone
             status: Status = "died"
             hit = self._vessel.hit()
-            self._doom(str(gone))
-            if await self._vessel.backend_failed():
+            self._doom(str(gone), None, running=True)
+            if not await self.at_fault():
                 raise InfraError(f"the sandbox {self.name} went with its backend") from gone
         except ToolError as wrong:
             return Result("error", error=str(wrong))
         except _Garbage as garbage:
             status, hit = "protocol", self._vessel.hit()
-            self._doom(f"a program wrote to its channel: {garbage}")
+            self._doom(f"a program wrote to its channel: {garbage}", True)
         return Result(status, hit=hit, lost=True, seconds=time.perf_counter() - begun)
 
     def _result(self, reply: Mapping[str, Any], seconds: float) -> Result:
@@ -266,7 +280,8 @@ class Session:
         if status == "output_limit":
             hit = ("output",)
         elif status != "ok":
-            hit += self._vessel.hit()
+            met = self._vessel.hit()  # since it was asked last: a program that only failed need not have met it
+            hit += met if status != "error" or code in KILLED or WANT.search(f"{error} {stderr}") else ()
         return Result(
             status=status,
             stdout=stdout or "",
@@ -347,7 +362,7 @@ class Session:
         try:
             reply = await self._ask(request, CHORE)
         except (_Gone, _Garbage) as error:
-            self._doom(str(error))
+            self._doom(str(error), True if isinstance(error, _Garbage) else None)
             raise InfraError(f"the sandbox {self.name} died: {error}") from error
         if "refused" in reply:
             raise PathError(str(reply["refused"])[:500])
@@ -363,11 +378,12 @@ class Session:
             self._channel.look()
             if not self.alive:
                 raise InfraError(f"the sandbox {self.name} is gone: {self._over}")
+            self._used = self._used or request["op"] in ("exec", "shell")
             self._channel.send(body)
             try:
                 frame = await self._channel.frame(self._loop, seconds)
             except asyncio.CancelledError:  # the reply would come to whoever asks next
-                self._doom("its program was cancelled")
+                self._doom("its program was cancelled", True)
                 raise
         try:
             reply = json.loads(frame)
@@ -383,27 +399,36 @@ class Session:
         try:
             yield
         except (_Garbage, binascii.Error) as error:
-            self._doom("a program wrote to its channel")
+            self._doom("a program wrote to its channel", True)
             raise InfraError(f"the sandbox {self.name} gave an impossible answer and was destroyed: {error}") from error
 
     def _expire(self) -> None:
         self._doom(f"its life of {self.limits.life:g} s is over")
 
-    def _doom(self, reason: str) -> None:
-        """Give the sandbox up; it is destroyed in the background."""
+    def _doom(self, reason: str, programs_doing: bool | None = False, *, running: bool = False) -> None:
+        """Give the sandbox up; it is destroyed in the background. `programs_doing` None: what it ran on must tell, and
+        `running` says that a program was."""
         if not self._over:
             self._over = reason
             self._life.cancel()
             self._channel.fail(_Gone(reason))
-            self._leaving = self._loop.create_task(self._destroy(), name=f"destroy {self.name}")
+            ending = self._destroy(programs_doing, running)
+            self._leaving = self._loop.create_task(ending, name=f"destroy {self.name}")
 
-    async def _destroy(self) -> None:
+    async def _destroy(self, programs_doing: bool | None, running: bool) -> None:
         try:
+            if programs_doing is None:
+                cause = await self._vessel.cause()
+                programs_doing = cause != "backend" if running else self._used and cause == "memory"
+            self._programs_doing.set_result(programs_doing)
             await self._vessel.destroy()
         except InfraError as error:  # the reaper finds what was left
             log.warning("%s", error)
         except Exception:  # whatever else a backend meets
             log.exception("the sandbox %s could not be destroyed", self.name)
+        finally:
+            if not self._programs_doing.done():
+                self._programs_doing.set_result(False)
 
 
 def _text(found: object, longest: int) -> str:

@@ -26,7 +26,7 @@ from agentrl.sandbox import Enforcement, LimitName, Limits
 from agentrl.sandboxes.launch import words
 from agentrl.sandboxes.names import fresh_name, reap_folders
 from agentrl.sandboxes.server import empty
-from agentrl.sandboxes.session import Session
+from agentrl.sandboxes.session import Cause, Session
 
 HERE = Path(__file__).resolve().parent
 MARK = "AGENTRL_SANDBOX"  # in the environment of what runs in one
@@ -127,8 +127,8 @@ class _Process:
     def hit(self) -> tuple[LimitName, ...]:
         return ()
 
-    async def backend_failed(self) -> bool:
-        return False  # nothing stands between it and the kernel
+    async def cause(self) -> Cause:
+        return "unknown"
 
     async def destroy(self) -> None:
         await asyncio.to_thread(self._destroy)

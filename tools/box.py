@@ -3,9 +3,9 @@
     box = Box(BoxOptions())
     tools = (Python(box), Shell(box), Files(box))
 
-The template owns a pool; an episode takes a sandbox from it at its first call and lets go of it at the end. A program
-that takes its sandbox down is the policy's own doing: it is told so, and the next call finds a fresh sandbox. Where the
-machinery fails (`InfraError`) the rollout tries the episode again.
+The template owns a pool; an episode takes a sandbox from it before its first call and lets go of it at the end. A
+program that takes its sandbox down is the policy's own doing: it is told so, and the next call finds a fresh sandbox.
+Where the machinery fails (`InfraError`) the rollout tries the episode again.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Literal, Self
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import replace
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, Field, model_validator
 
-from agentrl.errors import ToolError
+from agentrl.errors import InfraError, ToolError, UsageError
 from agentrl.sandbox import Backend, Limits, Result, Sandbox, Unsupported
 from agentrl.sandbox.pool import Pool
 from agentrl.sandboxes import choose
@@ -27,7 +28,9 @@ from agentrl.tool import Toolkit
 
 TOOL_SECONDS = 30.0  # the timeout of every tool that works in a box
 MARGIN = 5.0  # of it is left for a sandbox to start, and for a program that does not stop
+PATIENCE = 45.0  # seconds that an episode waits for a sandbox before it fails and is tried again
 Pools = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, "asyncio.Future[Pool]"]
+T = TypeVar("T")
 SIGNALS = {-9: "killed", -11: "segmentation fault", -6: "aborted", -7: "bus error", -4: "illegal instruction"}
 
 
@@ -75,6 +78,9 @@ class Box(Toolkit):
         self.life = self.options.limits.life
         self.call_seconds = self.options.limits.seconds + MARGIN
         self._sandbox: Sandbox | None = None
+        self._lost = False  # the state, since the last program
+        self._files: dict[str, bytes] = {}
+        self._chosen: str | None = None
         self._pools: Pools = weakref.WeakKeyDictionary()
 
     async def setup(self) -> None:
@@ -83,7 +89,7 @@ class Box(Toolkit):
 
     def spawn(self) -> Self:
         child = super().spawn()
-        child._sandbox = None
+        child._sandbox, child._lost, child._files = None, False, {}
         return child
 
     def fork(self) -> Self:
@@ -99,7 +105,7 @@ class Box(Toolkit):
 
     async def close(self) -> None:
         """An episode gives its sandbox back; the template closes the pool."""
-        self._let_go()
+        self.let_go()
         if self._template is None:
             pending = self._pools.pop(asyncio.get_running_loop(), None)
             if pending is not None:
@@ -108,44 +114,100 @@ class Box(Toolkit):
 
     # -- for tools and environments --------------------------------------------------------------------
 
+    async def ready(self) -> None:
+        """Have a sandbox before a tool's clock starts: the policy does not pay for waiting in line."""
+        await self.sandbox()
+
     async def run(self, program: Callable[[Sandbox], Awaitable[Result]]) -> Result:
-        """Run something in the episode's sandbox; one that did not survive is replaced at the next call."""
-        result = await program(await self.sandbox())
-        if self._sandbox is not None and not self._sandbox.alive:
-            self._let_go()
-        return result
+        """Run something in the episode's sandbox. `lost` also where the state was lost before it began."""
+        result = await self.use(program)
+        lost, self._lost = self._lost, False
+        return replace(result, lost=result.lost or lost)
+
+    async def use(self, work: Callable[[Sandbox], Awaitable[T]]) -> T:
+        """Do something with the episode's sandbox; one that does not survive is replaced at the next call.
+
+        Raises `ToolError` where an earlier program turns out to have ended it, `InfraError` where something else did.
+        """
+        sandbox = await self.sandbox()
+        try:
+            return await work(sandbox)
+        except InfraError as error:
+            if not await sandbox.at_fault():
+                raise
+            raise ToolError("the sandbox was ended by what an earlier program did; a fresh one is ready") from error
+        finally:
+            if not sandbox.alive:
+                self.let_go()
+                self._lost = True
 
     async def sandbox(self) -> Sandbox:
-        """The episode's sandbox, leased at the first call. Raises `InfraError` where it died while nothing ran."""
+        """The episode's sandbox, leased where there is none. Raises `InfraError` where it died while nothing ran."""
+        if self._sandbox is not None and not self._sandbox.alive:
+            if not await self._sandbox.at_fault():
+                raise InfraError(f"the sandbox {self._sandbox.name} died between two calls")
+            self.let_go()
+            self._lost = True
         if self._sandbox is None:
-            self._sandbox = await (await self.pool()).lease()
+            pool = await self.pool()
+            try:
+                sandbox = await pool.lease()
+            except UsageError as error:  # it worked when the run began
+                raise InfraError(str(error)) from error
+            self._sandbox = sandbox
+            for path, data in self._files.items():
+                await sandbox.write(path, data)
         return self._sandbox
+
+    def begin_with(self, files: Mapping[str, bytes]) -> None:
+        """What every sandbox of this episode holds at first. For `Env.reset`."""
+        self._files = dict(files)
+
+    def let_go(self) -> None:
+        """Give the episode's sandbox back. Before judges are leased: those who judge would wait for those judged."""
+        if self._sandbox is not None:
+            sandbox, self._sandbox = self._sandbox, None
+            with contextlib.suppress(RuntimeError):  # no loop runs: the sandbox ends with its channel
+                for pool in self._pools_made(asyncio.get_running_loop()):
+                    pool.give_back(sandbox)
 
     @contextlib.asynccontextmanager
     async def fresh(self) -> AsyncIterator[Sandbox]:
-        """A second sandbox that the policy never touched: where its work is judged."""
-        async with (await self.pool()).leased() as judge:
+        """A second sandbox that the policy never touched: where its work is judged. `let_go` of the first before."""
+        pool = await self.pool()
+        try:
+            judge = await pool.lease()
+        except UsageError as error:  # it worked when the run began
+            raise InfraError(str(error)) from error
+        try:
             yield judge
+        finally:
+            pool.give_back(judge)
 
     async def pool(self) -> Pool:
-        """The template's pool in this event loop, made at the first call."""
-        pools = self._shared()
-        loop = asyncio.get_running_loop()
-        if loop not in pools:
-            pools[loop] = loop.create_task(self._open())
-        return await asyncio.shield(pools[loop])
+        """The template's pool in this event loop, made at the first call. Raises `InfraError` where none can be now."""
+        pools, loop = self._shared(), asyncio.get_running_loop()
+        made = pools.get(loop)
+        if made is None or (made.done() and (made.cancelled() or made.exception() is not None)):
+            pools[loop] = made = loop.create_task(self._open())
+        try:
+            return await asyncio.shield(made)
+        except UsageError as error:  # it worked when the run began
+            raise InfraError(str(error)) from error
 
     async def _open(self) -> Pool:
         backend = await self._choose()
         options = self.options
-        pool = Pool(backend, options.limits, warm=options.warm, most=options.most)
+        pool = Pool(backend, options.limits, warm=options.warm, most=options.most, patience=PATIENCE)
         await pool.start()
         return pool
 
     async def _choose(self) -> Backend:
         options = self.options
         own = {"preload": options.preload} if options.preload else {}
-        walls = await choose(options.backend, **own, **options._docker)
+        owner = self._template if isinstance(self._template, Box) else self
+        walls = await choose(options.backend or owner._chosen, **own, **options._docker)
+        owner._chosen = walls.name  # a run does not change walls on the way
         return JupyterBackend(walls) if options.session == "jupyter" else walls
 
     def _shared(self) -> Pools:
@@ -160,13 +222,6 @@ class Box(Toolkit):
             if loop in (None, home) and made.done() and not made.cancelled() and made.exception() is None
         ]
 
-    def _let_go(self) -> None:
-        if self._sandbox is not None:
-            sandbox, self._sandbox = self._sandbox, None
-            with contextlib.suppress(RuntimeError):  # no loop runs: the sandbox ends with its channel
-                for pool in self._pools_made(asyncio.get_running_loop()):
-                    pool.give_back(sandbox)
-
 
 def told(result: Result, limits: Limits) -> str:
     """What the policy reads of a program. Raises `ToolError` with it where the program did not run through."""
@@ -174,6 +229,8 @@ def told(result: Result, limits: Limits) -> str:
     if result.status != "ok":
         parts.append(f"[{_ending(result, limits)}]")
         raise ToolError("\n".join(parts))
+    if result.lost:
+        parts.append("[the variables of earlier calls were lost before this one]")
     return "\n".join(parts) or "[no output]"
 
 
@@ -182,7 +239,8 @@ def _ending(result: Result, limits: Limits) -> str:
     if "memory" in result.hit:
         return f"stopped: out of memory, the limit is {limits.memory_mb} MB; {state}"
     if result.status == "error":
-        return "the program failed" if result.exit_code is None else f"exit code {result.exit_code}"
+        how = "the program failed" if result.exit_code is None else f"exit code {result.exit_code}"
+        return f"{how}; the variables of earlier calls were lost before this one" if result.lost else how
     if result.status.startswith("timeout"):
         return f"stopped: it ran longer than {limits.seconds:g} s; {state}"
     if result.status == "output_limit":

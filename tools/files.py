@@ -33,7 +33,7 @@ class Files(Toolkit):
             text: the whole new content.
         """
         data = text.encode("utf-8", "replace")
-        await (await self.box.sandbox()).write(path, data)
+        await self.box.use(lambda sandbox: sandbox.write(path, data))
         return f"wrote {len(data)} bytes to {path}"
 
     @tool(cost=0.2, timeout=TOOL_SECONDS)
@@ -49,17 +49,18 @@ class Files(Toolkit):
         count = text.count(old) if old else 0
         if count != 1:
             raise ToolError(f"{path}: the text to replace stands there {count} times, not once; quote more around it")
-        await (await self.box.sandbox()).write(path, text.replace(old, new).encode("utf-8", "replace"))
+        data = text.replace(old, new).encode("utf-8", "replace")
+        await self.box.use(lambda sandbox: sandbox.write(path, data))
         return f"edited {path}"
 
     @tool(cost=0.2, timeout=TOOL_SECONDS)
     async def list_files(self) -> str:
         """List the files of the workspace with their sizes in bytes."""
-        found = await (await self.box.sandbox()).files()
+        found = await self.box.use(lambda sandbox: sandbox.files())
         return "\n".join(f"{size:>8} {path}" for path, size in sorted(found.items())) or "[no files]"
 
     async def _text(self, path: str) -> str:
-        data = await (await self.box.sandbox()).read(path, MOST_BYTES)
+        data = await self.box.use(lambda sandbox: sandbox.read(path, MOST_BYTES))
         if b"\0" in data:
             raise ToolError(f"{path}: not a text file ({len(data)} bytes)")
         return data.decode("utf-8", "replace")

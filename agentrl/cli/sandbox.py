@@ -19,6 +19,7 @@ from agentrl.console import visible
 from agentrl.errors import AgentRLError, UsageError
 
 app = App(name="sandbox", help="Build, examine and try the sandboxes that programs run in.", version_flags=[])
+LONGEST = 3600.0  # seconds, as `Limits.seconds`
 _STYLES = {"full": "green", "reduced": "yellow", "none": "red"}
 
 
@@ -131,9 +132,11 @@ def execute(
         timeout: seconds that the program may take.
         as_json: one JSON object instead of text.
     """
-    if timeout <= 0:
-        raise UsageError(f"--timeout {timeout:g} must be above 0 seconds")
+    if not 0 < timeout <= LONGEST:
+        raise UsageError(f"--timeout {timeout:g} must be above 0 and at most {LONGEST:g} seconds")
     try:
+        if file == "-" and sys.stdin is None:
+            raise UsageError("there is no standard input to read the program from; name a file")
         code = sys.stdin.read() if file == "-" else Path(file).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"

@@ -126,6 +126,12 @@ class Sandbox(Protocol):
     @property
     def enforcement(self) -> Enforcement: ...
 
+    async def at_fault(self) -> bool:
+        """Of a sandbox that is no longer alive: whether a program in it is to blame. One that ended while it ran a
+        program, or idle for want of memory after it had run one, is the program's; one that went with its backend or
+        was found dead is not."""
+        ...
+
     async def exec(self, code: str, seconds: float | None = None) -> Result:
         """Run a Python cell in the persistent session, for at most `seconds` (default and cap: the limit)."""
         ...

@@ -166,8 +166,8 @@ class Pool:
         while self._starts or self._ends:
             await asyncio.wait({*self._starts, *self._ends})
         try:
-            await self.backend.close()
             await self.backend.reap()
+            await self.backend.close()
         except InfraError as error:
             log.warning("the sandbox pool could not clear up: %s", error)
 

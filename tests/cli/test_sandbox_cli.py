@@ -33,7 +33,9 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, sentence in (
         (["none.py"], "cannot read the program none.py: No such file"),
         (["--backend", "bublewrap", __file__], "did you mean bubblewrap"),
-        (["--timeout", "0", __file__], "must be above 0 seconds"),
+        (["--timeout", "0", __file__], "must be above 0 and at most 3600 seconds"),
+        (["--timeout", "nan", __file__], "must be above 0 and at most 3600 seconds"),
+        (["--timeout", "inf", __file__], "must be above 0 and at most 3600 seconds"),
     ):
         assert cli.run(["sandbox", "exec", *words]) == 2
         assert sentence in capsys.readouterr().err

@@ -12,12 +12,16 @@ import pytest
 from pydantic import ValidationError
 
 from agentrl.env import Episode, Score
+from agentrl.envs import code_interpreter
 from agentrl.envs.code_interpreter import FAMILIES, CodeInterpreter, Question
-from agentrl.errors import UsageError
+from agentrl.errors import InfraError, UsageError
+from agentrl.host import Host
 from agentrl.sandboxes import backend
 from agentrl.sandboxes.images import rootfs
 from agentrl.task import Task
 from agentrl.textual import TextEpisode
+from agentrl.tools import box as boxes
+from agentrl.tools.box import Box, BoxOptions
 from agentrl.trajectory import ToolCall
 
 
@@ -230,3 +234,148 @@ def test_scores_are_shares_of_checks() -> None:
     task = next(iter(env.tasks("train", 0)))
     verdict = asyncio.run(env.spawn().score(Episode(task)))
     assert verdict == Score({"checks": 0.0}, False)
+
+
+def function_task(env: CodeInterpreter) -> tuple[Task, Question]:
+    task = next(iter(env.tasks("train", 0)))
+    return task, task.data["question"]
+
+
+@walled
+@pytest.mark.parametrize(
+    "returned",
+    [
+        "type('R', (), {'__repr__': lambda s: '{[]}'})()",
+        "type('R', (), {'__repr__': lambda s: '[' * 9999})()",
+        "type('R', (), {'__repr__': lambda s: 1 / 0})()",
+        "__import__('os')._exit(0)",
+        "exec('while True:\\n    try:\\n        while True: pass\\n    except BaseException: pass')",
+    ],
+)
+def test_what_a_submission_says_never_breaks_its_judge(returned: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(code_interpreter, "TEST_SECONDS", 0.3)
+    monkeypatch.setattr(code_interpreter, "JUDGE_SECONDS", 3.0)
+    env = make(kind="code")
+    task, question = function_task(env)
+    _, score = play(env, task, f"```python\ndef {question.name}(*a):\n    return {returned}\n```")
+    assert score == ({"checks": 0.0}, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ("```python\na\n```\nand\n```\nb\n```", "b"),
+        ("```python\na\n```\n```", "a"),
+        ("```" + "\n" * 32_000, ""),
+        ("no block", ""),
+        ("```python\na\n  b\n```", "a\n  b"),
+    ],
+)
+def test_the_last_block_counts(text: str, block: str) -> None:
+    assert code_interpreter._last_block(text) == block
+
+
+def hosts(env: CodeInterpreter, count: int, **keys: Any) -> list[Host]:
+    task = next(iter(env.tasks("train", 0)))
+    return [Host(env, task, (n,), **keys) for n in range(count)]
+
+
+@walled
+def test_waiting_for_a_sandbox_is_not_the_policys_time() -> None:
+    async def story() -> None:
+        env = make(sandbox={"warm": 0, "most": 1})
+        await env.prepare()
+        first, second = hosts(env, 2, max_tool_seconds=1.0)
+        try:
+            for host in (first, second):
+                await host.reset()
+            code = ToolCall("python", {"code": "1"})
+            assert (await first.call(code)).result.ok
+            waiting = asyncio.ensure_future(second.call(code))
+            await asyncio.sleep(1.5)  # longer than a call may take
+            assert not waiting.done()
+            await first.close()
+            answer = await waiting
+            assert answer.result.ok and answer.result.text == "1" and answer.result.seconds < 1.0
+        finally:
+            await second.close()
+            await env.retire()
+
+    asyncio.run(story())
+
+
+@walled
+def test_judges_do_not_wait_for_those_they_judge() -> None:
+    async def story() -> None:
+        env = make(kind="code", sandbox={"warm": 0, "most": 2})
+        await env.prepare()
+        task, question = function_task(env)
+        played = [TextEpisode(env, task, (n,)) for n in range(2)]
+        for episode in played:
+            await episode.open()
+            await episode.say("", (ToolCall("python", {"code": "1"}),))
+            await episode.say(f"```python\n{question.code[0]}\n```", ())
+        scores = await asyncio.gather(*(episode.score() for episode in played))
+        assert [score[2] for score in scores] == [True, True]
+        for episode in played:
+            await episode.close()
+        await env.retire()
+
+    asyncio.run(story())
+
+
+@walled
+def test_after_a_call_that_ran_out_of_time_there_is_a_fresh_sandbox() -> None:
+    async def story() -> None:
+        env = make()
+        await env.prepare()
+        (host,) = hosts(env, 1, max_tool_seconds=1.0)
+        await host.reset()
+        await host.call(ToolCall("python", {"code": "x = 1"}))
+        late = await host.call(ToolCall("python", {"code": "import time; time.sleep(2)"}))
+        assert late.result.error == "timeout"
+        after = await host.call(ToolCall("python", {"code": "'x' in globals()"}))
+        assert after.result.text == "False\n[the variables of earlier calls were lost before this one]"
+        again = await host.call(ToolCall("python", {"code": "1"}))
+        assert again.result.text == "1", "that is said once"
+        await host.close()
+        await env.retire()
+
+    asyncio.run(story())
+
+
+@walled
+def test_machinery_that_fails_during_a_run_is_infra_and_may_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def story() -> None:
+        box = Box(BoxOptions.model_validate({"backend": WALL, "warm": 0}))
+        await box.setup()
+        here = boxes.choose
+
+        async def away(*names: Any, **options: Any) -> Any:
+            raise UsageError("no Docker daemon answers: start it")
+
+        monkeypatch.setattr(boxes, "choose", away)
+        episode = box.spawn()
+        for _ in range(2):
+            with pytest.raises(InfraError, match="no Docker daemon answers"):
+                await episode.ready()
+        monkeypatch.setattr(boxes, "choose", here)
+        assert (await episode.run(lambda sandbox: sandbox.exec("6 * 7"))).value == "42"
+        await episode.close()
+        await box.close()
+
+    asyncio.run(story())
+
+
+@walled
+def test_a_replaced_sandbox_holds_the_tasks_files_again() -> None:
+    env = make(kind="data", families=("table",))
+    task, _ = function_task(env)
+    name = task.data["question"].files[0][0]
+    heard, _ = play(
+        env,
+        task,
+        ("python", {"code": "import os; os._exit(3)"}),
+        ("python", {"code": f"import os; open({name!r}).close(); os.path.exists({name!r})"}),
+    )
+    assert "variables are lost" in heard[0] and heard[1].startswith("True")

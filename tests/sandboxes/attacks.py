@@ -49,6 +49,22 @@ def attempt(line):
 
 
 LISTED = [
+    Attack(
+        "limits_of_the_supervisor",
+        _tries(
+            "import resource; resource.prlimit(os.getppid(), resource.RLIMIT_NOFILE, (0, 0))",
+            "import resource; resource.prlimit(os.getppid(), resource.RLIMIT_AS, (1, 1))",
+            "import resource; resource.prlimit(1, resource.RLIMIT_CPU, (1, 1))",
+            "os.sched_setscheduler(os.getppid(), os.SCHED_IDLE, os.sched_param(0))",
+            "os.sched_setscheduler(1, os.SCHED_BATCH, os.sched_param(0))",
+            "os.sched_setaffinity(os.getppid(), {0})",
+            "os.setpriority(os.PRIO_PROCESS, os.getppid(), 19)",
+            "os.setpriority(os.PRIO_USER, 0, 19)",
+            "call(29, 0, 1 << 20, 0o1666)",  # shmget: it would outlive a reset
+        ),
+        OK,
+        forbidden="ESCAPED",
+    ),
     Attack("fork_bomb", "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass", STOPPED | DIED | FLOOD),
     Attack("exponential_bomb", ":(){ :|:& };:", SAID | STOPPED | DIED | FLOOD, shell=True),
     Attack(

@@ -215,7 +215,7 @@ def test_a_folder_for_sockets_may_be_deep_and_goes_with_its_owner(
     dead = docker._Door("agentrl-4194304-1-00000000")
     alive = docker._Door(names.fresh_name())
     assert names.reap_folders(deep) == 1
-    assert not dead.folder.exists() and (alive.folder / "door").is_socket()
+    assert not dead.folder.exists() and (alive.shown / "door").is_socket()
     alive.remove()
     assert not list(deep.iterdir())
 

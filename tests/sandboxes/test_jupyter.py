@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import available
 
-from agentrl.errors import UsageError
+from agentrl.errors import InfraError, UsageError
 from agentrl.sandbox import Limits, Unsupported
 from agentrl.sandboxes import backend
 from agentrl.sandboxes.images import rootfs
@@ -55,9 +55,6 @@ def test_a_kernel_in_a_sandbox(inner: Any) -> None:
             assert late.status in ("timeout_interrupted", "timeout_killed")
             assert (await box.exec("x")).value == ("7" if not late.lost else None)
             assert await box.files() == {}
-            gone = await box.exec("import os; os._exit(1)")
-            assert gone.status == "died" and gone.lost
-            assert (await box.exec("6 * 7")).value == "42"
             with pytest.raises(Unsupported):
                 await box.snapshot()
             await box.exec("x = 1; open('f', 'w').close()")
@@ -65,6 +62,11 @@ def test_a_kernel_in_a_sandbox(inner: Any) -> None:
             assert await box.files() == {} and (await box.exec("x")).status == "error"
             net = await box.exec("import socket; socket.create_connection(('1.1.1.1', 80), 1)")
             assert net.status == "error"
+            # Another kernel would start among what this one has planted, so the whole sandbox goes.
+            gone = await box.exec("open('random.py', 'w').write('1/0'); import os; os._exit(1)")
+            assert gone.status == "died" and gone.lost and not box.alive and await box.at_fault()
+            with pytest.raises(InfraError):
+                await box.exec("1")
         finally:
             await box.close()
             await made.close()
@@ -87,3 +89,33 @@ def test_without_ipykernel_the_sentence_says_so() -> None:
             asyncio.run(life())
     else:
         asyncio.run(life())
+
+
+FORGED = """
+class Forged:
+    class kernel:
+        run = staticmethod(lambda code, longest: {said})
+_agentrl_kernel = Forged
+import builtins
+builtins._agentrl_kernel = Forged
+import sys
+sys.modules["__main__"]._agentrl_kernel = Forged
+"""
+
+
+@pytest.mark.parametrize("said", ["'[' * 100_000", "'{}'", "b'x'", "'{\"value\": 1}'", "None"])
+def test_a_forged_kernel_ends_the_sandbox_and_raises_nothing(inner: Any, said: str) -> None:
+    """A cell reaches the worker that its kernel is a child of, and makes it say what it likes."""
+
+    async def life() -> None:
+        made = JupyterBackend(inner)
+        box = await made.open(LIMITS)
+        try:
+            await box.box.exec(FORGED.format(said=said))
+            result = await box.exec("1")
+            assert result.lost and result.status in ("protocol", "died") and not box.alive and await box.at_fault()
+        finally:
+            await box.close()
+            await made.close()
+
+    asyncio.run(life())

@@ -192,10 +192,10 @@ class Shell:
     name = "agentrl-1-1-00000000"
     enforcement = Enforcement()
     destroyed = 0
-    uprooted = False
+    why: Any = "unknown"
 
-    async def backend_failed(self) -> bool:
-        return self.uprooted
+    async def cause(self) -> Any:
+        return self.why
 
     def hit(self) -> tuple[Any, ...]:
         return ()
@@ -277,7 +277,7 @@ def test_what_went_with_its_backend_is_no_programs_doing() -> None:
     async def story(box: Session, inside: Inside) -> None:
         running = asyncio.ensure_future(box.exec("1"))
         await inside.nonce()
-        inside.vessel.uprooted = True
+        inside.vessel.why = "backend"
         inside.socket.close()
         with pytest.raises(InfraError, match="went with its backend"):
             await running
@@ -445,3 +445,30 @@ def test_a_sandbox_with_a_network_is_refused_where_there_should_be_none(known: b
         theirs.close()
 
     asyncio.run(life())
+
+
+@pytest.mark.parametrize(
+    ("why", "used", "blamed"),
+    [
+        ("memory", True, True),
+        ("memory", False, False),
+        ("unknown", True, False),
+        ("backend", True, False),
+    ],
+)
+def test_who_is_to_blame_for_a_sandbox_that_ended_idle(why: str, used: bool, blamed: bool) -> None:
+    async def story(box: Session, inside: Inside) -> None:
+        if used:
+            running = asyncio.ensure_future(box.exec("1"))  # noqa: ASYNC110
+            await inside.answer('"status": "ok", "dropped": 0')
+            assert (await running).ok
+        assert not await box.at_fault(), "it lives"
+        inside.vessel.why = why
+        inside.socket.close()
+        while box.alive:
+            await asyncio.sleep(0.01)
+        assert await box.at_fault() is blamed
+        with pytest.raises(InfraError):
+            await box.exec("1")
+
+    play(story)
