@@ -53,6 +53,8 @@ def train(
         from agentrl.train.trainer import Trainer
 
         path = Path(resolved.out) / resolved.name
+        if resume and (path / "run.json").is_file():
+            _check_same(path, resolved)
         text = config.yaml if isinstance(config, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv, resume=resume) as folder:
             summary = asyncio.run(Trainer(resolved, folder, reporter).run())
@@ -62,6 +64,16 @@ def train(
         return summary
     finally:
         reporter.close()
+
+
+def _check_same(run: Path, config: Config) -> None:
+    """Refuse to go on with `run` under settings that would make it another run. Raises `UsageError`."""
+    from agentrl.train.checkpoint import latest, progress_of
+    from agentrl.train.plan import check_same
+
+    newest = latest(run / "checkpoints")
+    finished = 0 if newest is None else progress_of(newest).stage
+    check_same(as_config(run / "config.resolved.yaml"), config, finished)
 
 
 def _draw(run: Path, reporter: Reporter) -> None:
@@ -118,23 +130,38 @@ def evaluate(
         if model is not None:
             config = config.model_copy(update={"model": HFModel(path=str(model))})
             return asyncio.run(Judge(config, reporter, n=n, samples=samples, split=split).policy(None, None, decode))
-        return asyncio.run(judge.policy(run, _checkpoint(run, checkpoint), decode))
+        at = _checkpoint(run, checkpoint)
+        if at is not None:
+            reporter.note(f"the policy of {at}")
+        return asyncio.run(judge.policy(run, at, decode))
     finally:
         reporter.close()
 
 
-def rollout(config: ConfigLike, *, out: str | Path, n: int = 16, reporter: Reporter | None = None) -> Path:
-    """Play `n` training tasks with the configuration's policy and record them in the new folder `out`."""
-    resolved = as_config(config)
+def rollout(
+    source: ConfigLike,
+    *,
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    checkpoint: str | None = None,
+    n: int = 16,
+    reporter: Reporter | None = None,
+) -> Path:
+    """Play `n` training tasks and record them in the new folder `out`: with the policy of a run (`checkpoint` as in
+    `evaluate`), or with the one that a configuration begins with."""
+    run = _run_folder(source)
+    resolved = as_config(run / "config.resolved.yaml" if run else source, overrides)
     tune()
     reporter = reporter or make_reporter()
     try:
         from agentrl.train.judge import Judge
 
-        path = Path(out)
-        text = config.yaml if isinstance(config, Loaded) else as_text(resolved)
+        path, at = Path(out), _checkpoint(run, checkpoint)
+        text = source.yaml if isinstance(source, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv) as folder:
-            asyncio.run(Judge(resolved, reporter, n=n, split="train").record(folder.path))
+            if at is not None:
+                reporter.note(f"the policy of {at}")
+            asyncio.run(Judge(resolved, reporter, n=n, split="train").record(folder.path, run, at))
         reporter.note(f"recorded in {path}")
         return path
     finally:

@@ -11,9 +11,11 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Generator, Hashable, Iterable, Mapping, Sequence
+import traceback
+from collections.abc import Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -21,7 +23,7 @@ import numpy as np
 from pydantic import BaseModel
 
 from agentrl.content import Content
-from agentrl.errors import UsageError
+from agentrl.errors import AgentRLError, UsageError
 from agentrl.task import Task
 from agentrl.tool import Tool, Toolkit, branch, gathered, rewire, tools_of
 from agentrl.trajectory import Outcome, ToolCall, ToolUse, Trajectory, Turn
@@ -99,6 +101,11 @@ class Env:
 
     class Options(BaseModel, extra="forbid", frozen=True):
         """The environment's own configuration keys; override with fields of your own."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "options":
+            raise UsageError(f"{type(self).__name__}.__init__ must call super().__init__(options, **keys) first")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __init__(self, options: BaseModel | Mapping[str, Any] | None = None, **keys: Any) -> None:
         if isinstance(options, BaseModel):
@@ -253,3 +260,20 @@ class Env:
 async def settled(value: Any) -> Any:
     """`value`, awaited where a method was async."""
     return await value if inspect.isawaitable(value) else value
+
+
+def tasks_of(env: Env, split: str, seed: int) -> Iterator[Task]:
+    """`env.tasks`, with a sentence for what may be wrong with it. Raises `UsageError`."""
+    name = type(env).__name__
+    try:
+        for task in env.tasks(split, seed):
+            if not isinstance(task, Task):
+                found = f"{type(task).__name__} {str(task)[:40]!r}"
+                raise UsageError(f"{name}.tasks yielded {found}; yield Task(id, prompt, …)")
+            yield task
+    except (AgentRLError, GeneratorExit):
+        raise
+    except Exception as error:  # the environment's own code
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
+        raise UsageError(f"{name}.tasks failed with {type(error).__name__}: {error} ({where})") from error

@@ -81,7 +81,8 @@ def load_file(path: str | Path, name: str | None = None) -> ModuleType:
     path = Path(path).expanduser().absolute()
     if not path.is_file():
         near = [other.name for other in path.parent.glob("*.py")] if path.parent.is_dir() else []
-        raise UsageError(f"there is no file {_shown(path)}{_hint(path.name, near)}")
+        hint = _hint(path.name, near) or " here; a path counts from the folder in which the command runs"
+        raise UsageError(f"there is no file {_shown(path)}{hint}")
     name = name or f"agentrl_file_{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -152,9 +152,11 @@ def _make(spec: str, words: tuple[str, ...]) -> Any:
 
 
 def _find_task(env: Any, split: str, seed: int, wanted: str | None) -> Any:
+    from agentrl.env import tasks_of
+
     asyncio.run(env.prepare())
     seen: list[str] = []
-    for task in itertools.islice(env.tasks(split, seed), _SEARCHED):
+    for task in itertools.islice(tasks_of(env, split, seed), _SEARCHED):
         if wanted is None or task.id == wanted:
             return task
         seen.append(task.id)

@@ -228,8 +228,11 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     """An evaluation in one line that fits into 80 columns with room for a label."""
     interval = "–".join(f"{100 * edge:.0f}" for edge in record.get("ci95") or ())
     tokens = record.get("tokens")
+    outcomes = record.get("outcomes") or {}
+    cut = {name: count for name, count in outcomes.items() if not name.startswith(("completed", "terminated"))}
     return (
         f"{record.get('stage', '')} {record.get('step', ''):<6} {record.get('decode', ''):<8} "
         f"{percent(record.get('success')):>7}  [{interval}]  reward {number(record.get('mean_reward'))}  "
         f"calls {number(record.get('tool_calls'))}  tokens {'–' if tokens is None else f'{tokens:.0f}'}"
+        + "".join(f"  {outcome} {count}" for outcome, count in cut.items())
     )

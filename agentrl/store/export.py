@@ -59,14 +59,14 @@ def as_json(trajectory: Trajectory) -> dict[str, Any]:
     }
 
 
-def export_jsonl(run_dir: Path, path: Path, **filters: Any) -> int:
+def export_jsonl(run_dir: Path | str, path: Path | str, **filters: Any) -> int:
     """Write trajectories as JSON lines, oldest first; return how many.
 
     `filters` are those of `StoreReader.trajectories`. Each line is `as_json` with the stage, step and
     split it belongs to, and its credit where there is any.
     The file appears whole or not at all.
     """
-    count = 0
+    count, run_dir, path = 0, Path(run_dir), Path(path)
     part = path.with_name(path.name + ".part")
     with StoreReader(run_dir) as reader, part.open("w", encoding="utf-8") as file:
         for line in _lines(reader, filters):

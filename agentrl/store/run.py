@@ -66,7 +66,7 @@ class RunFolder:
             raise UsageError(f"{path} is a file; name a folder for the run")
         if (path / "run.json").is_file():
             if not resume:
-                raise UsageError(f"{path} holds a run already; go on with --resume, or name another folder")
+                raise UsageError(f"{path} holds a run already: use --resume, choose another name=…, or remove it")
             return cls._again(path, config_yaml)
         if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and holds no run; name an empty or a new folder")

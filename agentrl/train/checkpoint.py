@@ -90,19 +90,27 @@ def latest(folder: Path) -> Path | None:
 def load(path: Path) -> tuple[Progress, dict[str, Any]]:
     """Read a checkpoint. Raises `UsageError` where it is missing, damaged, or of another format."""
     try:
-        values = json.loads((path / "progress.json").read_text())
+        progress = progress_of(path)
         tensors = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(
             f"{path} is not a checkpoint (no {Path(error.filename).name}); name a folder under checkpoints/"
         ) from error
+    except UsageError:
+        raise
     except (OSError, ValueError, RuntimeError, EOFError, KeyError) as error:
         raise UsageError(f"checkpoint {path} cannot be read ({error}); use an older one under checkpoints/") from error
     except Exception as error:  # torch's unpickler raises its own kinds for damaged files
         raise UsageError(f"checkpoint {path} is damaged ({type(error).__name__}); use an older one") from error
+    return progress, tensors
+
+
+def progress_of(path: Path) -> Progress:
+    """How far a checkpoint is, without its tensors. Raises `UsageError` for another format, `OSError`, `ValueError`."""
+    values = json.loads((path / "progress.json").read_text())
     if values.pop("format", None) != _FORMAT:
         raise UsageError(f"checkpoint {path} is of another format version; it was written by another release")
-    return Progress(**values), tensors
+    return Progress(**values)
 
 
 def _sync(folder: Path) -> None:

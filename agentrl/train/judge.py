@@ -84,9 +84,10 @@ class Judge:
             records.append(self._report(groups, stage="endpoint", step=0, decode=mode))
         return records
 
-    async def record(self, folder: Path) -> None:
-        """Play the tasks once, sampled, and store the trajectories in a run folder."""
-        policy = await make_policy(self.config, self.env, folder)
+    async def record(self, folder: Path, run: Path | None = None, at: Path | None = None) -> None:
+        """Play the tasks once, sampled, and store the trajectories in a run folder: with the policy of `run` at a
+        checkpoint, or with the configuration's own."""
+        policy = await restored_policy(self.config, run or folder, at)
         engine, chat = make_engine(self.config, policy), make_chat(self.config, policy.tokenizer)
         writer = StoreWriter(folder, pieces=policy.pieces)
         try:

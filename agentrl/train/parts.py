@@ -17,7 +17,7 @@ from agentrl.config import Config
 from agentrl.context import ContextPolicy
 from agentrl.engines import Engine
 from agentrl.engines.local import LocalEngine
-from agentrl.env import Env
+from agentrl.env import Env, tasks_of
 from agentrl.errors import UsageError
 from agentrl.registry import find_env
 from agentrl.rollout.actors import ExpertActor, PolicyActor
@@ -115,7 +115,7 @@ async def demonstrate(
 def take(env: Env, n: int, *, seed: int, split: str = "train") -> list[Task]:
     """The first `n` tasks of a split (fewer where the environment has fewer)."""
     tasks: list[Task] = []
-    for task in env.tasks(split, seed):
+    for task in tasks_of(env, split, seed):
         if len(tasks) == n:
             break
         tasks.append(task)

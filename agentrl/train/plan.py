@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from agentrl.config import Config
 from agentrl.env import Env
@@ -28,7 +30,8 @@ def check(config: Config) -> None:
         if config.rollout.deadlines.tool < made.options.timeout and made.options.timeout != 30.0:
             raise UsageError(
                 f"tool {name!r} may take {made.options.timeout:g} s, but rollout.deadlines.tool cuts it off at "
-                f"{config.rollout.deadlines.tool:g} s; raise the deadline or lower the tool's timeout"
+                f"{config.rollout.deadlines.tool:g} s; raise the deadline or lower the tool's timeout",
+                where="rollout.deadlines.tool",
             )
     deadlines = config.rollout.deadlines
     for kit in env.kits:
@@ -36,7 +39,9 @@ def check(config: Config) -> None:
         if kit.call_seconds is not None and kit.call_seconds > deadlines.tool:
             raise UsageError(
                 f"a call in {name} may take {kit.call_seconds:g} s by its own limits, but rollout.deadlines.tool cuts "
-                f"it off at {deadlines.tool:g} s; raise the deadline or lower the limit"
+                f"it off at {deadlines.tool:g} s; raise the deadline (rollout.deadlines.tool={kit.call_seconds:g}) or "
+                "lower the limit",
+                where="rollout.deadlines.tool",
             )
         if kit.life is not None and kit.life <= deadlines.episode:
             raise UsageError(
@@ -50,9 +55,9 @@ def check(config: Config) -> None:
             f"{type(env).__name__} offers no demonstrations, which a supervised stage and a scratch tokenizer need; "
             "write demonstrate(self, task, rng), or start from model: PATH without an sft stage"
         )
-    for stage in config.stages:
+    for number, stage in enumerate(config.stages):
         if isinstance(stage, RLStage):
-            _check_rl(config, stage)
+            _check_rl(config, stage, f"stages.{number}")
 
 
 def _check_folder(path: str) -> None:
@@ -62,16 +67,18 @@ def _check_folder(path: str) -> None:
         raise UsageError(str(error), where="model.path") from error
 
 
-def _check_rl(config: Config, stage: RLStage) -> None:
+def _check_rl(config: Config, stage: RLStage, where: str) -> None:
     if stage.samples < 2 and any(type(editor).__name__ == "DropConstant" for editor in stage.editors):
         raise UsageError(
-            "groups of one are always constant, so drop_constant drops them all; raise samples, or set editors: []"
+            "groups of one are always constant, so drop_constant drops them all; raise samples, or set editors: []",
+            where=f"{where}.samples",
         )
     longest = max(stage.at(step)[0].max_tokens or 0 for step in range(stage.steps))
     if longest > config.rollout.max_tokens:
         raise UsageError(
             f"a stage's max_tokens {longest} is more than rollout.max_tokens {config.rollout.max_tokens}, which holds "
-            "for every episode; raise rollout.max_tokens"
+            "for every episode; raise rollout.max_tokens",
+            where="rollout.max_tokens",
         )
     if stage.strategy.needs_fork and config.rollout.episodes < stage.samples:
         raise UsageError(
@@ -135,3 +142,33 @@ def _model(model: HFModel | ScratchModel) -> str:
     if isinstance(model, HFModel):
         return model.path + (f", LoRA rank {model.lora.r}" if model.lora else "")
     return f"a random {model.arch['model_type']}, tokenizer from {model.tokenizer.texts} demonstrations"
+
+
+MAY_CHANGE = ("out", "name", "threads", "device", "engine", "log", "store", "checkpoint", "rollout.episodes",
+              "rollout.engine_requests", "rollout.retries", "rollout.deadlines")  # fmt: skip
+_STEPS = re.compile(r"stages\.(\d+)\.steps")
+
+
+def check_same(before: Config, now: Config, finished: int) -> None:
+    """Whether a run may go on under `now`: it keeps what decides its numbers, but stages that are not among the
+    `finished` first ones may train for other numbers of steps. Raises `UsageError`."""
+    old, new = _leaves(before.model_dump(mode="json")), _leaves(now.model_dump(mode="json"))
+    for key in sorted(old.keys() | new.keys()):
+        steps = _STEPS.fullmatch(key)
+        free = any(key == prefix or key.startswith(f"{prefix}.") for prefix in MAY_CHANGE)
+        if old.get(key) == new.get(key) or free or (steps and int(steps[1]) >= finished):
+            continue
+        why = "that stage is finished" if steps else "a run that is resumed keeps its settings"
+        raise UsageError(
+            f"{key} was {old.get(key)!r} when this run began and is {new.get(key)!r} now, but {why}: take the change "
+            "back, or start another run with name=…",
+            where=key,
+        )
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Path -> value of everything in a nested structure that holds nothing itself."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    if inner is None or not value:
+        return {key: value}
+    return {path: leaf for name, child in inner for path, leaf in _leaves(child, f"{key}.{name}".lstrip(".")).items()}

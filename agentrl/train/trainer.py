@@ -18,6 +18,7 @@ from agentrl.algo.sampler import TaskStream
 from agentrl.algo.state import StateStore
 from agentrl.config import Config
 from agentrl.console import Reporter
+from agentrl.env import tasks_of
 from agentrl.errors import UsageError
 from agentrl.metrics import Metrics, Summary
 from agentrl.rollout.manager import Recorded
@@ -114,7 +115,7 @@ class Trainer:
         writer = StoreWriter(folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n)
         engine = make_engine(config, policy)
         await engine.update_weights(policy.weights(), policy.version)
-        tasks = TaskStream(lambda: env.tasks("train", config.seed))
+        tasks = TaskStream(lambda: tasks_of(env, "train", config.seed))
         tasks.seek(self.progress.tasks_taken)
         return Session(
             config=config,
@@ -180,7 +181,7 @@ class Trainer:
 
     async def _evaluate(self, session: Session, stage: TrainingStage, label: str, *, whole: bool) -> None:
         success = await session.evaluate(stage, label, self.progress.step, whole=whole)
-        if success is not None and success > self.progress.best:
+        if success is not None and success >= self.progress.best:  # of equals the later
             self.progress.best = success
             self._save(session, "best")
 

@@ -106,7 +106,10 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
             "train run.yaml env.options.hard=1",
             "env.options.hard=1: env.options.hard: unknown key; the keys here are corruption, held_out, kind, lazy",
         ),
-        ("train run.yaml env=nosuch.py:Env", "env=nosuch.py:Env: env: there is no file nosuch.py"),
+        (
+            "train run.yaml env=nosuch.py:Env",
+            "env=nosuch.py:Env: env: there is no file nosuch.py here; a path counts from the folder in which the command runs",
+        ),
         (
             "train run.yaml env=no.such:Env",
             "env=no.such:Env: env: there is no module 'no.such'; a file is written as path/to/file.py:Class",

@@ -196,3 +196,68 @@ def test_other_event_loops_are_left_alone(small: Any) -> None:
             agentrl.train(small())
 
     asyncio.run(inside())
+
+
+def test_a_resumed_run_keeps_its_settings_and_may_train_longer(small: Any, tmp_path: Path) -> None:
+    agentrl.train(small(rl={"steps": 1}))
+    with pytest.raises(UsageError, match=r"seed was 0 when this run began and is 7 now.*name="):
+        agentrl.train(small(rl={"steps": 1}, seed=7), resume=True)
+    with pytest.raises(UsageError, match=r"stages.0.steps was .* that stage is finished"):
+        agentrl.train(small(rl={"steps": 1}, sft={"steps": 3}), resume=True)
+    with pytest.raises(UsageError, match=r"stages.1.steps was 1 .* that stage is finished"):
+        agentrl.train(small(rl={"steps": 2}), resume=True)
+    summary = agentrl.train(small(rl={"steps": 1}, threads=1), resume=True)
+    assert summary.status == "completed"
+
+
+def test_a_rollout_of_a_run_plays_its_policy(small: Any, tmp_path: Path) -> None:
+    config = small(rl={"steps": 1})
+    agentrl.train(config)
+    run = Path(config["out"]) / config.get("name", "run")
+    agentrl.rollout(run, out=tmp_path / "look", n=4)
+    with StoreReader(tmp_path / "look") as reader:
+        played = [reader.get(entry.id) for entry in reader.trajectories().entries]
+    assert len(played) == 4
+    lines = agentrl.store.export_jsonl(str(tmp_path / "look"), str(tmp_path / "look.jsonl"))
+    assert lines == 4
+    trained = agentrl.evaluate(run, n=16, decode=("greedy",))[0]
+    assert trained["tool_calls"] > 0, "the run's policy calls its tool"
+    assert sum(trajectory.n_tool_calls for trajectory in played) > 0, "and so does the one that was played"
+
+
+class Wrong(Length):
+    """Its tasks are texts."""
+
+    def tasks(self, split: str, seed: int) -> Any:
+        return iter(["one", "two"])
+
+
+class Broken(Length):
+    """Its tasks fail after the first."""
+
+    def tasks(self, split: str, seed: int) -> Any:
+        yield Task("1", "Say something.")
+        raise RuntimeError("the data base is down")
+
+
+class Unmade(Length):
+    """Forgets its parent's `__init__`."""
+
+    def __init__(self, options: Any = None) -> None:
+        self.mine = 1
+
+
+@pytest.mark.parametrize(
+    ("env", "sentence"),
+    [
+        (Wrong, r"Wrong.tasks yielded str 'one'; yield Task\("),
+        (Broken, r"Broken.tasks failed with RuntimeError: the data base is down \(test_training.py:\d+\)"),
+        (Unmade, r"Unmade.__init__ must call super\(\).__init__\(options, \*\*keys\) first"),
+    ],
+)
+def test_mistakes_in_an_environment_are_told_as_such(env: type[Env], sentence: str) -> None:
+    from agentrl.train.parts import take
+
+    with pytest.raises(UsageError, match=sentence):
+        made = env()
+        take(made, 5, seed=made.options and 0 if made.options else 0)
