@@ -212,11 +212,13 @@ class Toolkit:
 
     What you hold is a template; each episode works on `spawn()` of it. `life`: seconds until what it holds for an
     episode ends by itself (None: never); the episode's deadline must be sooner. `call_seconds`: what a call may take by
-    the toolkit's own limits (None: it has none); the tool deadline must be later.
+    the toolkit's own limits (None: it has none); the tool deadline must be later. `places`: how many episodes can hold
+    it at once (None: any number); as many at most may be in flight.
     """
 
     life: float | None = None
     call_seconds: float | None = None
+    places: int | None = None
     _template: Toolkit | None = None
 
     async def setup(self) -> None:

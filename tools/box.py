@@ -28,7 +28,7 @@ from agentrl.tool import Toolkit
 
 TOOL_SECONDS = 30.0  # the timeout of every tool that works in a box
 MARGIN = 5.0  # of it is left for a sandbox to start, and for a program that does not stop
-PATIENCE = 45.0  # seconds that an episode waits for a sandbox before it fails and is tried again
+PATIENCE = 30.0  # seconds that an episode waits for a sandbox before it fails and is tried again
 Pools = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, "asyncio.Future[Pool]"]
 T = TypeVar("T")
 SIGNALS = {-9: "killed", -11: "segmentation fault", -6: "aborted", -7: "bus error", -4: "illegal instruction"}
@@ -76,6 +76,7 @@ class Box(Toolkit):
     def __init__(self, options: BoxOptions | None = None) -> None:
         self.options = options or BoxOptions()
         self.life = self.options.limits.life
+        self.places = self.options.most
         self.call_seconds = self.options.limits.seconds + MARGIN
         self._sandbox: Sandbox | None = None
         self._lost = False  # the state, since the last program

@@ -18,6 +18,7 @@ from agentrl.context import ContextPolicy
 from agentrl.env import Episode, Obs
 from agentrl.errors import EnvError, InfraError, PolicyError, ToolError
 from agentrl.host import Answer, Host
+from agentrl.instance import Scored
 from agentrl.rollout.actors import Conversation, Spoken
 from agentrl.rollout.seeds import seed_of
 from agentrl.store.key import EpisodeKey
@@ -35,6 +36,7 @@ class Limits:
     max_context: int | None
     turn_seconds: float
     episode_seconds: float
+    retries: int = 0  # of its score, where infrastructure failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +210,7 @@ class LiveEpisode:
                 total, success = self._host.template.reward_range[0], False
             elif not outcome.missing:
                 self._now("scoring")
-                async with asyncio.timeout(self._limits.turn_seconds):
-                    parts, total, success = await self._host.score(Episode(self.task, self.turns, outcome, self.extra))
+                parts, total, success = await self._judged(Episode(self.task, self.turns, outcome, self.extra))
         except TimeoutError:
             outcome = Outcome("failed", "env", f"score() took longer than the turn's {self._limits.turn_seconds:g} s")
         except EnvError as error:
@@ -239,6 +240,17 @@ class LiveEpisode:
             success=success,
             extra=dict(self.extra),
         )
+
+    async def _judged(self, episode: Episode) -> Scored:
+        """The environment's verdict, asked for again where infrastructure failed: `score` is idempotent."""
+        for tries_left in range(self._limits.retries, -1, -1):
+            try:
+                async with asyncio.timeout(self._limits.turn_seconds):
+                    return await self._host.score(episode)
+            except InfraError:
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable: the last try returns or raises")
 
     async def close(self) -> None:
         """Release the conversation and the environment. Idempotent."""

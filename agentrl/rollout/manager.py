@@ -182,6 +182,7 @@ class RolloutManager:
                 max_context=actor.max_context,
                 turn_seconds=deadlines.turn,
                 episode_seconds=deadlines.episode,
+                retries=self.limits.retries,
             ),
             hooks=Hooks(self._turn, self._image, self._diverged),
             stream=stream,

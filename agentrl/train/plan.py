@@ -48,6 +48,12 @@ def check(config: Config) -> None:
                 f"{name} lives for {kit.life:g} s, but an episode may take {deadlines.episode:g} s "
                 "(rollout.deadlines.episode); raise its life or lower the deadline"
             )
+        if kit.places is not None and kit.places < config.rollout.episodes:
+            raise UsageError(
+                f"{name} has places for {kit.places} episodes, but {config.rollout.episodes} may be in flight and "
+                f"would wait for one another: lower this to {kit.places}, or give {name} more",
+                where="rollout.episodes",
+            )
     demonstrates = type(env).demonstrate is not Env.demonstrate
     needy = [s for s in config.stages if isinstance(s, SupervisedStage)] or isinstance(config.model, ScratchModel)
     if needy and not demonstrates:

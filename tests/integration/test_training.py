@@ -261,3 +261,12 @@ def test_mistakes_in_an_environment_are_told_as_such(env: type[Env], sentence: s
     with pytest.raises(UsageError, match=sentence):
         made = env()
         take(made, 5, seed=made.options and 0 if made.options else 0)
+
+
+def test_what_a_toolkit_cannot_hold_is_refused_early(small: Any, tmp_path: Path) -> None:
+    config = small(
+        env={"id": "code_interpreter", "options": {"sandbox": {"backend": "unsafe_local", "most": 8}}},
+        rollout={"episodes": 9, "deadlines": {"tool": 30, "turn": 60, "episode": 300}},
+    )
+    with pytest.raises(UsageError, match="Box has places for 8 episodes, but 9 may be in flight"):
+        agentrl.train(config, dry_run=True)

@@ -73,6 +73,7 @@ class Door(Env):
     max_turns = 4
     opened: int = 0
     closed: int = 0
+    judge_is_away: int = 0
 
     def tasks(self, split: str, seed: int) -> Iterable[Task]:
         return (Task(f"{split}{i}", f"Question {i}", answer="key") for i in range(4))
@@ -118,6 +119,9 @@ class Door(Env):
     def score(self, episode: Episode) -> float:
         if episode.final_text == "raise":
             raise RuntimeError("score is broken")
+        if episode.final_text == "judge" and type(self).judge_is_away:
+            type(self).judge_is_away -= 1
+            raise InfraError("the judge's sandbox is gone")
         return 0.75 if episode.final_text == episode.task.answer else 0.0
 
     async def close(self) -> None:

@@ -126,6 +126,16 @@ def test_a_broken_score_is_missing_and_many_of_them_stop_the_run() -> None:
         asyncio.run(Scene(says("raise")).play(tasks=4))
 
 
+@pytest.mark.parametrize(("away", "outcome", "reward"), [(2, "completed", 0.0), (3, "failed(infra)", None)])
+def test_a_judge_that_is_away_is_asked_again(
+    away: int, outcome: str, reward: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Door, "judge_is_away", away)
+    trajectory, _ = one(says("judge"), retries=2)
+    assert str(trajectory.outcome) == outcome and trajectory.reward == reward
+    assert len(trajectory.turns) == 1, "the episode itself is not played again"
+
+
 def test_infrastructure_is_tried_again_then_left_out_of_the_statistics() -> None:
     tried: list[str] = []
 
