@@ -93,6 +93,8 @@ class Layers:
         except IsADirectoryError:
             hint = path / "config.resolved.yaml"
             known = f"; the configuration of that run is {hint}" if hint.is_file() else "; give a YAML file"
+            if (path / "config.json").is_file():
+                known = f"; a model goes with a configuration: agentrl eval RUN.yaml --model {path}"
             self.wrong(f"{shown}is a directory{known}", where)
         except FileNotFoundError:
             self.wrong(f"{shown}no such file{_meant_file(path)}", where)
@@ -193,6 +195,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def _meant_file(path: Path) -> str:
+    recipe = Path("configs", path.name if path.suffix else f"{path.name}.yaml")
+    if recipe.is_file() and recipe != path:
+        return f"; did you mean '{recipe}'?"
     if "=" not in str(path) and not path.suffix and not path.parent.name:
         return f"; a configuration file ends in .yaml, an override is written {path}=value"
     near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []

@@ -18,6 +18,7 @@ from agentrl.store import StoreWriter
 from agentrl.train import checkpoint
 from agentrl.train.evaluation import Decode, draws_for, summarise
 from agentrl.train.parts import make_chat, make_engine, make_env, make_manager, make_policy, policy_actor, take
+from agentrl.train.plan import check_toolkits
 from agentrl.train.policy import Policy
 from agentrl.train.stages import RLStage
 from agentrl.trajectory import Group
@@ -120,6 +121,7 @@ class Judge:
         return record
 
     async def _play(self, actor: Actor, stage: str, samples: int, writer: StoreWriter | None = None) -> list[Group]:
+        check_toolkits(self.config, self.env)
         await self.env.prepare()
         return await make_manager(self.config, self.env, writer, self.reporter).run(
             draws_for(self.tasks, 0, samples),

@@ -33,6 +33,21 @@ def check(config: Config) -> None:
                 f"{config.rollout.deadlines.tool:g} s; raise the deadline or lower the tool's timeout",
                 where="rollout.deadlines.tool",
             )
+    check_toolkits(config, env)
+    demonstrates = type(env).demonstrate is not Env.demonstrate
+    needy = [s for s in config.stages if isinstance(s, SupervisedStage)] or isinstance(config.model, ScratchModel)
+    if needy and not demonstrates:
+        raise UsageError(
+            f"{type(env).__name__} offers no demonstrations, which a supervised stage and a scratch tokenizer need; "
+            "write demonstrate(self, task, rng), or start from model: PATH without an sft stage"
+        )
+    for number, stage in enumerate(config.stages):
+        if isinstance(stage, RLStage):
+            _check_rl(config, stage, f"stages.{number}")
+
+
+def check_toolkits(config: Config, env: Env) -> None:
+    """What the environment's toolkits need of the limits, also to play without training. Raises `UsageError`."""
     deadlines = config.rollout.deadlines
     for kit in env.kits:
         name = type(kit).__name__
@@ -54,16 +69,6 @@ def check(config: Config) -> None:
                 f"would wait for one another: lower this to {kit.places}, or give {name} more",
                 where="rollout.episodes",
             )
-    demonstrates = type(env).demonstrate is not Env.demonstrate
-    needy = [s for s in config.stages if isinstance(s, SupervisedStage)] or isinstance(config.model, ScratchModel)
-    if needy and not demonstrates:
-        raise UsageError(
-            f"{type(env).__name__} offers no demonstrations, which a supervised stage and a scratch tokenizer need; "
-            "write demonstrate(self, task, rng), or start from model: PATH without an sft stage"
-        )
-    for number, stage in enumerate(config.stages):
-        if isinstance(stage, RLStage):
-            _check_rl(config, stage, f"stages.{number}")
 
 
 def _check_folder(path: str) -> None:

@@ -328,3 +328,12 @@ def test_a_failing_import_points_to_the_imports() -> None:
     Path("run.yaml").write_text("seed: 1\nimports: [nosuch]\n")
     with pytest.raises(ConfigError, match=r"^run.yaml:2: imports: 'nosuch' cannot be imported$"):
         load(["run.yaml"], schema=schema)
+
+
+def test_a_recipe_named_without_its_folder_is_pointed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "brief.yaml").write_text("seed: 1\n")
+    for said in ("brief", "brief.yaml", "config/brief.yaml"):
+        with pytest.raises(UsageError, match=r"did you mean 'configs/brief.yaml'\?"):
+            load([said], schema=lambda imports: Run)
