@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agentrl.cache import cache
 from agentrl.errors import InfraError, UsageError
 
 IMAGE = "agentrl/sandbox"
@@ -45,13 +46,6 @@ class Built:
     image: str | None
     root: Path | None
     megabytes: int
-
-
-def cache() -> Path:
-    """The cache folder: $AGENTRL_CACHE, else ~/.cache/agentrl. Root's is /var/cache/agentrl: sandboxes that root starts
-    have another uid, which cannot look into root's home."""
-    own = Path("/var/cache/agentrl") if os.geteuid() == 0 else Path.home() / ".cache" / "agentrl"
-    return Path(os.environ.get("AGENTRL_CACHE") or own)
 
 
 def rootfs() -> Path | None:

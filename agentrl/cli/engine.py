@@ -1,0 +1,181 @@
+"""`agentrl engine`: install a model server, serve a model with it, and check that it does what training needs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+from rich.console import Console
+from rich.text import Text
+
+from agentrl.cli import shown
+from agentrl.errors import UsageError
+
+app = App(name="engine", help="Install model servers, serve models with them, check engines.", version_flags=[])
+Kind = Literal["sglang", "vllm"]
+Flag = Annotated[bool, Parameter(negative="")]
+
+
+def _device(wanted: Literal["auto", "cpu", "cuda"]) -> Literal["cpu", "cuda"]:
+    if wanted != "auto":
+        return wanted
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+@app.command
+def install(kind: Kind, /, *, device: Literal["auto", "cpu", "cuda"] = "auto", force: Flag = False) -> None:
+    """Make a server's own environment in the cache. What is there already is left alone.
+
+    Args:
+        kind: sglang or vllm.
+        device: what the server will compute on; auto is CUDA where this machine has it.
+        force: make it again.
+    """
+    from agentrl.engines.install import install as make
+
+    console = Console(highlight=False)
+    with console.status("looking at what is there") as status:
+
+        def say(step: str) -> None:
+            status.update(step)
+            console.print(Text(f"  {step}", "dim"), soft_wrap=True)
+
+        python = make(kind, _device(device), say, force=force)
+    console.print(f"{kind} is installed: {shown(python)}", markup=False, soft_wrap=True)
+
+
+@app.command
+def serve(
+    kind: Kind,
+    model: Path,
+    /,
+    *flags: Annotated[str, Parameter(allow_leading_hyphen=True)],
+    port: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    dtype: str = "auto",
+    cores: int = 1,
+    python: Path | None = None,
+    log: Path | None = None,
+) -> None:
+    """Serve a model folder on the loopback until interrupted, with the flags that training needs.
+
+    Example: agentrl engine serve sglang ./Qwen3-0.6B --port 30000
+
+    Args:
+        kind: sglang or vllm.
+        model: a Hugging Face folder.
+        flags: more flags for the server, after --.
+        port: where to listen; default: a free one.
+        device: what to compute on.
+        dtype: float32, bfloat16, …; auto: float32 on a CPU, bfloat16 on CUDA.
+        cores: how many cores a server on a CPU computes on, the last ones of this process.
+        python: the Python of the server's environment; default: the one that was installed.
+        log: where its output goes; default: a file in the temporary folder.
+    """
+    from agentrl.engines.install import python_of
+    from agentrl.engines.launch import Launch, ServerProcess, free_port
+
+    if not (model / "config.json").is_file():
+        raise UsageError(f"{model} is no Hugging Face model folder (it has no config.json)")
+    where = _device(device)
+    found = python or python_of(kind, where)
+    if found is None:
+        raise UsageError(f"{kind} is not installed for {where}; run: agentrl engine install {kind}")
+    launch = Launch(
+        kind=kind,
+        python=found.absolute(),
+        model=model.absolute(),
+        port=port or free_port(),
+        device=where,
+        dtype=("float32" if where == "cpu" else "bfloat16") if dtype == "auto" else dtype,
+        cores=tuple(sorted(os.sched_getaffinity(0))[-cores:]),
+        flags=tuple(flag for flag in flags if flag != "--"),
+    )
+    console = Console(highlight=False)
+
+    async def run() -> None:
+        file = log or Path(tempfile.mkdtemp(prefix=f"agentrl-{kind}-")) / "server.log"
+        server = ServerProcess.start(launch, file)
+        over = asyncio.Event()
+        for name in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(name, over.set)
+        waiting = asyncio.ensure_future(over.wait())
+        try:
+            with console.status(f"starting {kind}; its log is {file}"):
+                starting = asyncio.ensure_future(server.ready())
+                await asyncio.wait({starting, waiting}, return_when="FIRST_COMPLETED")
+                if over.is_set():
+                    starting.cancel()
+                    return
+                starting.result()
+            console.print(f"{kind} answers at {launch.url}", markup=False)
+            while not over.is_set() and server.running:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(asyncio.shield(waiting), 1.0)
+            if not over.is_set():
+                raise UsageError(f"the server ended: {server.last_words()}")
+        finally:
+            waiting.cancel()
+            await server.stop()
+
+    asyncio.run(run())
+
+
+@app.command
+def check(
+    *,
+    url: str,
+    kind: Kind,
+    model: Path,
+    tolerance: float = 1e-5,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> int:
+    """Check a running server against a forward pass of the model that it serves. Exit code 1 where it is wrong.
+
+    Its weights are changed on the way and put back. Example:
+    agentrl engine check --kind sglang --url http://127.0.0.1:30000 --model ./Qwen3-0.6B
+
+    Args:
+        url: where the server listens.
+        kind: what it is.
+        model: the Hugging Face folder that it serves.
+        tolerance: largest difference of two log-probs, in nats: 1e-5 for fp32, 0.1 for bf16.
+        as_json: one JSON object a check.
+    """
+    from agentrl.engines.conformance import Exam, Finding, examine
+    from agentrl.engines.remote import RemoteEngine
+    from agentrl.engines.sglang import SGLangServer
+    from agentrl.engines.vllm import VLLMServer
+    from agentrl.train.policy import Policy
+
+    console = Console(highlight=False)
+
+    def report(finding: Finding) -> None:
+        if as_json:
+            fields: dict[str, Any] = {"check": finding.name, "passed": finding.passed, "said": finding.said}
+            print(json.dumps(fields | {"seconds": round(finding.seconds, 3)}))  # noqa: T201
+            return
+        mark = Text("✓ ", "green") if finding.passed else Text("✗ ", "red")
+        console.print(Text.assemble(mark, (f"{finding.name}: ", "bold"), finding.said), soft_wrap=True)
+
+    async def run() -> int:
+        policy = Policy.from_folder(model)
+        policy.base.train(False)
+        vocab = int(policy.base.config.vocab_size)
+        server = SGLangServer(url) if kind == "sglang" else VLLMServer(url)
+        engine = await RemoteEngine.connect([server], vocab=vocab)
+        try:
+            await engine.update_weights(policy.weights(), 0)
+            findings = await examine(Exam.of(engine, policy.base, vocab, tolerance), report)
+        finally:
+            await engine.close()
+        return int(not all(finding.passed for finding in findings))
+
+    return asyncio.run(run())

@@ -1,0 +1,201 @@
+"""Model servers as processes of this machine: the words that start one, waiting until it answers, and its end.
+
+Servers live in environments of their own (`agentrl.engines.install`), for their torch is not the trainer's. A server
+runs in a process group of its own, which is ended as a whole: both kinds start several processes, and orphans of theirs
+would go on. What it prints goes to a file, and its last lines are shown where it dies.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from agentrl.engines.servers import ModelServer
+from agentrl.engines.sglang import SGLangServer
+from agentrl.engines.vllm import VLLMServer
+from agentrl.errors import InfraError, UsageError
+
+Kind = Literal["sglang", "vllm"]
+Device = Literal["cpu", "cuda"]
+SHIMS = Path(__file__).with_name("shims")
+START_SECONDS = 600.0
+STOP_SECONDS = 20.0
+LOOPBACK = "127.0.0.1"
+_READY = {"sglang": "/model_info", "vllm": "/health"}  # SGLang's /health generates a token
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+_CAUSE = re.compile(r"(\w+Error|Exception|error:)[^\n]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How one server is started.
+
+    `python`: that of the server's own environment. `cores`: those that a server on a CPU computes on. `flags` come
+    last, and so override what stands here.
+    """
+
+    kind: Kind
+    python: Path
+    model: Path
+    port: int
+    device: Device = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+    cores: tuple[int, ...] = ()
+    memory_fraction: float = 0.85
+    flags: tuple[str, ...] = ()
+
+    @property
+    def url(self) -> str:
+        return f"http://{LOOPBACK}:{self.port}"
+
+    def words(self) -> list[str]:
+        """The command line."""
+        return [str(self.python), *(_sglang(self) if self.kind == "sglang" else _vllm(self)), *self.flags]
+
+    def environment(self) -> dict[str, str]:
+        """What is added to the environment."""
+        threads = str(max(1, len(self.cores)))
+        added = dict(_OFFLINE)
+        paths = []
+        if self.device == "cpu":
+            bound = ",".join(map(str, self.cores)) or "0"
+            added["OMP_NUM_THREADS"] = threads
+            if self.kind == "sglang":
+                added |= {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": bound}
+                paths.append(SHIMS / "sglang_cpu")
+            else:
+                added |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bound}
+        if self.kind == "vllm":
+            added |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+            paths.append(SHIMS / "vllm")
+        if paths:
+            added["PYTHONPATH"] = os.pathsep.join(map(str, paths))
+        return added
+
+    def client(self, *, top_logprobs: int = 0) -> ModelServer:
+        """A client of the server."""
+        made: type[SGLangServer | VLLMServer] = SGLangServer if self.kind == "sglang" else VLLMServer
+        return made(self.url, top_logprobs=top_logprobs)
+
+
+def _sglang(launch: Launch) -> Sequence[str]:
+    words = ["-m", "sglang.launch_server", "--model-path", str(launch.model), "--host", LOOPBACK]
+    words += ["--port", str(launch.port), "--dtype", launch.dtype, "--random-seed", str(launch.seed)]
+    words += ["--skip-server-warmup", "--sleep-on-idle"]
+    if launch.device == "cpu":
+        words += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
+        words += ["--grammar-backend", "none", "--disable-overlap-schedule"]
+        return [*words, "--mem-fraction-static", "0.1", "--max-total-tokens", "65536"]
+    return [*words, "--mem-fraction-static", f"{launch.memory_fraction:g}", "--enable-memory-saver"]
+
+
+def _vllm(launch: Launch) -> Sequence[str]:
+    words = ["-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={launch.model}", f"--host={LOOPBACK}"]
+    words += [f"--port={launch.port}", f"--dtype={launch.dtype}", f"--seed={launch.seed}", "--enable-prefix-caching"]
+    words += ["--logprobs-mode=processed_logprobs", "--enable-scale-out", "--enable-prompt-tokens-details"]
+    words += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    words += ["--worker-extension-cls=agentrl_weights.Extension", '--weight-transfer-config={"backend": "agentrl"}']
+    if launch.device == "cpu":
+        return [*words, "--block-size=32"]
+    return [*words, f"--gpu-memory-utilization={launch.memory_fraction:g}", "--enable-sleep-mode"]
+
+
+def free_port() -> int:
+    """A port of the loopback that is free now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+class ServerProcess:
+    """A server that was started here. Its process group ends with `stop`, whatever it does."""
+
+    def __init__(self, launch: Launch, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.launch = launch
+        self.log = log
+        self._process = process
+
+    @classmethod
+    def start(cls, launch: Launch, log: Path, environment: Mapping[str, str] | None = None) -> ServerProcess:
+        """Start it; it does not answer yet. Raises `UsageError` for a port in use, or a missing environment."""
+        if not launch.python.is_file():
+            raise UsageError(f"there is no {launch.python}; run: agentrl engine install {launch.kind}")
+        with socket.socket() as probe:
+            if probe.connect_ex((LOOPBACK, launch.port)) == 0:
+                raise UsageError(f"port {launch.port} is in use; name another, or none to take a free one")
+        kept = {name: value for name, value in (environment or os.environ).items() if name != "PYTHONPATH"}
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                launch.words(),
+                env=kept | launch.environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return cls(launch, process, log)
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    async def ready(self, seconds: float = START_SECONDS) -> None:
+        """Wait until it answers. Raises `InfraError`, with what it said last, where it ends or takes too long."""
+        deadline = time.monotonic() + seconds
+        async with httpx.AsyncClient(base_url=self.launch.url, timeout=5) as client:
+            while time.monotonic() < deadline:
+                if not self.running:
+                    raise InfraError(f"{self._name} ended with code {self._process.returncode}: {self.last_words()}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await client.get(_READY[self.launch.kind])).status_code == 200:
+                        return
+                await asyncio.sleep(0.5)
+        raise InfraError(f"{self._name} does not answer after {seconds:g} s: {self.last_words()}")
+
+    def last_words(self) -> str:
+        """The last line of its log that names an error, else the last line; and where the log is."""
+        text = self.log.read_bytes()[-200_000:].decode(errors="replace")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        telling = next((line for line in reversed(lines) if _CAUSE.search(line)), lines[-1] if lines else "no word")
+        return f"{telling[-300:]} (the whole log: {self.log})"
+
+    async def stop(self) -> None:
+        """End the whole process group and wait for it: gently, then not."""
+        for signal_, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal_)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                await asyncio.to_thread(self._process.wait, patience)
+                if not _group_lives(self.pid):
+                    return
+        self._process.poll()
+
+    @property
+    def _name(self) -> str:
+        return f"the {self.launch.kind} server of {self.launch.model}"
+
+
+def _group_lives(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

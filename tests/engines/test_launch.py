@@ -1,0 +1,122 @@
+"""Starting and ending model servers: the words, and the life of a process, played by a small stand-in for the program.
+
+The real servers' own tests are those of the conformance suite (`agentrl engine check`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from agentrl import cli
+from agentrl.engines import install
+from agentrl.engines.launch import SHIMS, Launch, ServerProcess, free_port
+from agentrl.errors import InfraError, UsageError
+
+SERVER = """
+import http.server, os, sys, time
+port = int(sys.argv[sys.argv.index("--port") + 1])
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+print("child", child, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200); self.send_header("Content-Length", "2"); self.end_headers(); self.wfile.write(b"{}")
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def program(folder: Path, text: str) -> Path:
+    """A program that is started like a Python, and runs `text` whatever it is asked."""
+    path = folder / "python"
+    (folder / "server.py").write_text(text)
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/server.py "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_server_starts_answers_and_goes_with_all_its_processes(tmp_path: Path) -> None:
+    launch = Launch("sglang", program(tmp_path, SERVER), tmp_path, free_port())
+
+    async def life() -> None:
+        server = ServerProcess.start(launch, tmp_path / "logs" / "server.log")
+        await server.ready(30)
+        child = int(server.log.read_text().split()[1])
+        assert server.running and lives(child)
+        with pytest.raises(UsageError, match=f"port {launch.port} is in use"):
+            ServerProcess.start(launch, tmp_path / "other.log")
+        await server.stop()
+        assert not server.running
+        for _ in range(100):
+            if lives(child):
+                await asyncio.sleep(0.02)
+        assert not lives(child)
+        await server.stop()
+
+    asyncio.run(life())
+
+
+def test_a_server_that_dies_says_its_last_words(tmp_path: Path) -> None:
+    dies = "print('loading')\nraise ValueError('no such model: x')"
+    launch = Launch("vllm", program(tmp_path, dies), tmp_path, free_port())
+
+    async def life() -> None:
+        server = ServerProcess.start(launch, tmp_path / "server.log")
+        with pytest.raises(
+            InfraError, match=r"ended with code 1: ValueError: no such model: x \(the whole log: .*server.log\)"
+        ):
+            await server.ready(30)
+        await server.stop()
+
+    asyncio.run(life())
+
+
+def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
+    sglang = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, cores=(2, 3), flags=("--tp", "2"))
+    words, added = " ".join(sglang.words()), sglang.environment()
+    assert "--device cpu --attention-backend torch_native" in words and words.endswith("--tp 2")
+    assert added["OMP_NUM_THREADS"] == "2" and added["SGLANG_CPU_OMP_THREADS_BIND"] == "2,3"
+    assert added["PYTHONPATH"] == str(SHIMS / "sglang_cpu") and (SHIMS / "sglang_cpu" / "sgl_kernel.py").is_file()
+    vllm = Launch("vllm", tmp_path / "py", tmp_path / "m", 1234, device="cuda", dtype="bfloat16")
+    words, added = " ".join(vllm.words()), vllm.environment()
+    assert "--logprobs-mode=processed_logprobs --enable-scale-out" in words and "--block-size" not in words
+    assert added["VLLM_SERVER_DEV_MODE"] == "1" and added["PYTHONPATH"] == str(SHIMS / "vllm")
+    assert (SHIMS / "vllm" / "agentrl_weights.py").is_file() and "OMP_NUM_THREADS" not in added
+
+
+def test_stand_ins_are_distributions_that_pip_takes(tmp_path: Path) -> None:
+    wheel = install._stub("torchvision", tmp_path)
+    with zipfile.ZipFile(wheel) as archive:
+        assert "torchvision-99.0.dist-info/METADATA" in archive.namelist()
+    assert install.place("sglang", "cpu") != install.place("sglang", "cuda")
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTRL_CACHE", str(tmp_path))
+    model = tmp_path / "model"
+    model.mkdir()
+    for words, sentence in (
+        (["serve", "sglang", str(model)], "is no Hugging Face model folder"),
+        (["serve", "tgi", str(model)], "sglang"),
+    ):
+        assert cli.run(["engine", *words]) == 2
+        assert sentence in capsys.readouterr().err
+    (model / "config.json").write_text("{}")
+    assert cli.run(["engine", "serve", "vllm", str(model), "--device", "cpu"]) == 2
+    assert "run: agentrl engine install vllm" in capsys.readouterr().err
+    assert cli.run(["engine", "serve", "vllm", str(model), "--device", "cpu", "--python", str(tmp_path / "none")]) == 2
+    assert "there is no" in capsys.readouterr().err
+    assert os.environ["AGENTRL_CACHE"] == str(tmp_path)
