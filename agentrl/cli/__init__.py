@@ -13,11 +13,13 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from cyclopts import App, CycloptsError, UnknownCommandError, UnknownOptionError
 from rich.console import Console
+from rich.text import Text
 
 import agentrl
 from agentrl.errors import AgentRLError, RunFailed, UsageError
@@ -40,6 +42,18 @@ VERBS = {
 
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C, with a sentence that says how to go on."""
+
+
+@contextmanager
+def steps(console: Console) -> Iterator[Callable[[str], None]]:
+    """For what takes minutes: a function that says which step has begun."""
+    with console.status("looking at what is there") as status:
+
+        def say(step: str) -> None:
+            status.update(step)
+            console.print(Text(f"  {step}", "dim"), soft_wrap=True)
+
+        yield say
 
 
 def build() -> App:

@@ -15,7 +15,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 from rich.text import Text
 
-from agentrl.cli import shown
+from agentrl.cli import shown, steps
 from agentrl.errors import UsageError
 
 app = App(name="engine", help="Install model servers, serve models with them, check engines.", version_flags=[])
@@ -41,12 +41,7 @@ def install(kind: Kind, /, *, device: Literal["auto", "cpu", "cuda"] = "auto", f
     from agentrl.engines.install import install as make
 
     console = Console(highlight=False)
-    with console.status("looking at what is there") as status:
-
-        def say(step: str) -> None:
-            status.update(step)
-            console.print(Text(f"  {step}", "dim"), soft_wrap=True)
-
+    with steps(console) as say:
         python = make(kind, _device(device), say, force=force)
     console.print(f"{kind} is installed: {shown(python)}", markup=False, soft_wrap=True)
 

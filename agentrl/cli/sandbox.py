@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from agentrl.cli import shown
+from agentrl.cli import shown, steps
 from agentrl.console import visible
 from agentrl.errors import AgentRLError, UsageError
 
@@ -42,12 +42,7 @@ def build(
     from agentrl.sandboxes import images
 
     console = Console(highlight=False)
-    with console.status("looking at what is there") as status:
-
-        def say(step: str) -> None:
-            status.update(step)
-            console.print(Text(f"  {step}", "dim"), soft_wrap=True)
-
+    with steps(console) as say:
         made = images.build(from_debian=from_debian, browser=browser, force=force, say=say)
     if made.image:
         console.print(f"image {made.image}" + (f" and {images.BROWSER}" if browser else ""), markup=False)

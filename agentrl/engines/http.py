@@ -29,12 +29,12 @@ class Refused(AgentRLError):
 class Http:
     """Requests to one server. `kind` names it in errors, such as "the SGLang server"."""
 
-    def __init__(self, url: str, kind: str, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, url: str, kind: str, api_key: str | None = None) -> None:
         self.url = url.rstrip("/")
         self.kind = kind
         self._client = httpx.AsyncClient(
             base_url=self.url,
-            headers=headers or {},
+            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
             limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
             timeout=httpx.Timeout(CONTROL_SECONDS, connect=CONNECT_SECONDS, pool=None),
         )

@@ -15,16 +15,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import httpx
 
-from agentrl.engines.servers import ModelServer
-from agentrl.engines.sglang import SGLangServer
-from agentrl.engines.vllm import VLLMServer
 from agentrl.errors import InfraError, UsageError
 
 Kind = Literal["sglang", "vllm"]
@@ -85,11 +82,6 @@ class Launch:
             added["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         return added
 
-    def client(self, *, top_logprobs: int = 0) -> ModelServer:
-        """A client of the server."""
-        made: type[SGLangServer | VLLMServer] = SGLangServer if self.kind == "sglang" else VLLMServer
-        return made(self.url, top_logprobs=top_logprobs)
-
 
 def _sglang(launch: Launch) -> Sequence[str]:
     words = ["-m", "sglang.launch_server", "--model-path", str(launch.model), "--host", LOOPBACK]
@@ -129,14 +121,14 @@ class ServerProcess:
         self._process = process
 
     @classmethod
-    def start(cls, launch: Launch, log: Path, environment: Mapping[str, str] | None = None) -> ServerProcess:
+    def start(cls, launch: Launch, log: Path) -> ServerProcess:
         """Start it; it does not answer yet. Raises `UsageError` for a port in use, or a missing environment."""
         if not launch.python.is_file():
             raise UsageError(f"there is no {launch.python}; run: agentrl engine install {launch.kind}")
         with socket.socket() as probe:
             if probe.connect_ex((LOOPBACK, launch.port)) == 0:
                 raise UsageError(f"port {launch.port} is in use; name another, or none to take a free one")
-        kept = {name: value for name, value in (environment or os.environ).items() if name != "PYTHONPATH"}
+        kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as sink:
             process = subprocess.Popen(

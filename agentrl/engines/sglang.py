@@ -29,8 +29,7 @@ class SGLangServer:
     """
 
     def __init__(self, url: str, *, top_logprobs: int = 0, api_key: str | None = None) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
-        self._http = Http(url, "the SGLang server", headers)
+        self._http = Http(url, "the SGLang server", api_key)
         self._top = top_logprobs
 
     @property

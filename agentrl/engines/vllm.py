@@ -28,8 +28,7 @@ class VLLMServer:
     """
 
     def __init__(self, url: str, *, top_logprobs: int = 0, api_key: str | None = None) -> None:
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
-        self._http = Http(url, "the vLLM server", headers)
+        self._http = Http(url, "the vLLM server", api_key)
         self._top = top_logprobs
         self._model = ""
 
