@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from agentrl.algo.component import one_of
+from agentrl.engines.options import EngineOptions, LocalOptions
 from agentrl.errors import UsageError
 from agentrl.rollout.deadlines import Deadlines
 from agentrl.train.options import ModelOptions
@@ -37,14 +38,6 @@ class EnvSection(Section):
 
     id: str
     options: dict[str, Any] = {}
-
-
-class EngineSection(Section):
-    """The in-process engine. `rows`: episodes that keep their keys and values at once."""
-
-    type: Literal["local"] = "local"
-    rows: int = Field(default=256, ge=1)
-    max_context: int | None = Field(default=None, ge=8, description="tokens; default: what the model allows")
 
 
 class ChatSection(Section):
@@ -130,7 +123,7 @@ class Config(Section):
     imports: tuple[str, ...] = ()
     env: Annotated[EnvSection, BeforeValidator(_bare_env)]
     model: ModelOptions
-    engine: EngineSection = EngineSection()
+    engine: EngineOptions = LocalOptions()
     chat: ChatSection = ChatSection()
     rollout: RolloutSection = RolloutSection()
     stages: tuple[one_of(TrainingStage), ...] = Field(min_length=1)  # type: ignore[valid-type]

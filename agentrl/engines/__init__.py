@@ -96,6 +96,9 @@ class Engine(Protocol):
     async def score(self, ids: Ids, start: int, temperature: float = 1.0) -> Floats:
         """Log-probs of ids[start:] given what stands before each. Shape [len(ids) - start], start >= 1."""
 
+    async def scores(self, ids: Ids, start: int) -> Mapping[str, Floats]:
+        """`score` at temperature 1 by every replica that serves now, by its name."""
+
     async def fork(self, parent: str, child: str) -> None:
         """Let session `child` share what is cached of `parent` now. A hint: never changes a number."""
 
@@ -125,6 +128,13 @@ class Engine(Protocol):
 
     async def health(self) -> dict[str, Any]:
         """A small report: version, running, waiting, held sessions."""
+
+    def where(self, session: str) -> str:
+        """Where a session's requests go, for people."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request can be served now; None where one can."""
 
     async def close(self) -> None:
         """End everything. Idempotent."""

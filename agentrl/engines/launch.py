@@ -2,7 +2,8 @@
 
 Servers live in environments of their own (`agentrl.engines.install`), for their torch is not the trainer's. A server
 runs in a process group of its own, which is ended as a whole: both kinds start several processes, and orphans of theirs
-would go on. What it prints goes to a file, and its last lines are shown where it dies.
+would go on. It ends with this process too, however that ends (`leash`). What it prints goes to a file, and its last
+lines are shown where it dies.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from agentrl.errors import InfraError, UsageError
 Kind = Literal["sglang", "vllm"]
 Device = Literal["cpu", "cuda"]
 SHIMS = Path(__file__).with_name("shims")
+LEASH = Path(__file__).with_name("leash.py")
 START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 LOOPBACK = "127.0.0.1"
@@ -132,9 +135,9 @@ class ServerProcess:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as sink:
             process = subprocess.Popen(
-                launch.words(),
+                [sys.executable, "-I", str(LEASH), *launch.words()],
                 env=kept | launch.environment(),
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -148,6 +151,11 @@ class ServerProcess:
     @property
     def running(self) -> bool:
         return self._process.poll() is None
+
+    @property
+    def code(self) -> int | None:
+        """How it ended; negative: by that signal."""
+        return self._process.poll()
 
     async def ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it answers. Raises `InfraError`, with what it said last, where it ends or takes too long."""
@@ -169,13 +177,19 @@ class ServerProcess:
         telling = next((line for line in reversed(lines) if _CAUSE.search(line)), lines[-1] if lines else "no word")
         return f"{telling[-300:]} (the whole log: {self.log})"
 
-    async def stop(self) -> None:
-        """End the whole process group and wait for it: gently, then not."""
-        for signal_, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+    def again(self) -> ServerProcess:
+        """Start it once more, at the same port, with a log of its own beside the last one. It must have ended."""
+        number = int(self.log.stem.rpartition("-again-")[2]) + 1 if "-again-" in self.log.stem else 1
+        first = self.log.stem.rpartition("-again-")[0] or self.log.stem
+        return ServerProcess.start(self.launch, self.log.with_name(f"{first}-again-{number}{self.log.suffix}"))
+
+    async def stop(self, *, gently: bool = True) -> None:
+        """End the whole process group and wait for it: gently first, unless it is known to hang."""
+        for signal_ in (signal.SIGTERM, signal.SIGKILL)[not gently :]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal_)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, patience)
+                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
                 if not _group_lives(self.pid):
                     return
         self._process.poll()

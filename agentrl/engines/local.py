@@ -107,6 +107,9 @@ class LocalEngine:
             raise UsageError(f"{ids.size} tokens to score do not fit in a context of {self.max_context}")
         return await self._call(lambda: self._scheduler.score(ids, start, temperature))
 
+    async def scores(self, ids: Ids, start: int) -> Mapping[str, Floats]:
+        return {"the local engine": await self.score(ids, start)}
+
     async def fork(self, parent: str, child: str) -> None:
         await self._call(lambda: self._scheduler.fork(parent, child))
 
@@ -168,6 +171,13 @@ class LocalEngine:
             }
 
         return await self._call(work)
+
+    def where(self, session: str) -> str:
+        return "the local engine"
+
+    @property
+    def trouble(self) -> str | None:
+        return "it is closed" if self._closed else None
 
     async def close(self) -> None:
         if self._closed:

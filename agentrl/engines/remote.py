@@ -1,8 +1,8 @@
-"""The engine protocol over model servers elsewhere: which server a session goes to, what it may be sent, what runs.
+"""The engine protocol over model servers elsewhere: what they may be sent, what runs there, and what becomes of it.
 
-An episode stays with one server, and a group's episodes with the same one, so that what it has computed of their shared
-beginning is used again. Sessions are only hints here: servers cache by prefix. A request whose caller goes away is
-aborted by its id, for a server would go on with it.
+Which server a session goes to is `routes`' business. Sessions are only hints here: servers cache by prefix. A request
+whose caller goes away is aborted by its id, for a server would go on with it. A turn follows from its ids alone, so one
+whose server broke is simply asked of another, or of the same one once it is back (`keeper`): no episode notices.
 """
 
 from __future__ import annotations
@@ -13,20 +13,25 @@ import itertools
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentrl.engines import Capabilities, EngineStats, Generation, Request
 from agentrl.engines.http import Refused
+from agentrl.engines.routes import Routes
 from agentrl.engines.servers import ModelServer
-from agentrl.errors import InfraError, UsageError
+from agentrl.errors import AgentRLError, InfraError, RunFailed, UsageError
 from agentrl.trajectory import Floats, Ids
 
 if TYPE_CHECKING:
     import torch
 
-LEAST_LOADED_BY = 8  # requests more than on another server, at which a new group goes there
+Answer = TypeVar("Answer")
+TRIES = 6  # of one request, before its episode is told
+BUSY = (408, 429)  # of the 4xx, those that say: later
+PAUSE_SECONDS = 0.1  # before the second try; each further one waits twice as long
+OUTAGE_SECONDS = 900.0  # without any server, after which the run fails
 
 
 class RemoteEngine:
@@ -48,14 +53,19 @@ class RemoteEngine:
         self.max_context = capabilities.max_context
         self.stats = EngineStats()
         self.version = -1
+        self._present: Path | None = None
         self._own_folder = sync_folder is None
         self._folder = Path(tempfile.mkdtemp(prefix="agentrl-weights-")) if sync_folder is None else sync_folder
-        self._homes: dict[str, ModelServer] = {}  # group, and session -> its server
-        self._groups: dict[str, int] = {}  # how many sessions a group has open
-        self._of: dict[str, str] = {}  # session -> group
-        self._running: dict[ModelServer, int] = dict.fromkeys(self.servers, 0)
-        self._rids: dict[str, set[str]] = {}  # session -> its running requests
+        self._routes = Routes(self.servers)
+        self._rids: dict[str, dict[str, ModelServer]] = {}  # session -> its running requests
+        self._calls: dict[ModelServer, set[asyncio.Future[Any]]] = {server: set() for server in self.servers}
         self._aborted: set[str] = set()
+        self._up = asyncio.Event()
+        self._up.set()
+        self._updating = asyncio.Lock()
+        self._lost_all: AgentRLError | None = None
+        self.on_close: Callable[[], Coroutine[Any, Any, None]] | None = None  # what ends with the engine
+        self._suspicions = {server: asyncio.Event() for server in self.servers}
         self._numbers = itertools.count()
         self._prefix = secrets.token_hex(4)
         self._open = asyncio.Event()
@@ -103,19 +113,14 @@ class RemoteEngine:
             )
         if request.forced is not None:
             raise UsageError("a server cannot be told what to sample; ask `capabilities.forced` first")
-        async with self._request(request.session, request.group) as (server, rid):
-            try:
-                reply = await server.generate(request, rid, min(request.sampling.max_tokens, room))
-            except Refused as refused:
-                raise InfraError(str(refused)) from refused
+        n = min(request.sampling.max_tokens, room)
+        reply = await self._asked(request.session, request.group, lambda server, rid: server.generate(request, rid, n))
         self.stats.requests += 1
         self.stats.prompt_tokens += request.ids.size
         self.stats.cached_tokens += reply.cached_tokens
         self.stats.output_tokens += reply.ids.size
         if reply.ids.size and not 0 <= int(reply.ids.min()) <= int(reply.ids.max()) < self.vocab:
-            raise UsageError(
-                f"{server.url} sampled ids outside the vocabulary of {self.vocab}: it serves another model"
-            )
+            raise UsageError(f"a server sampled ids outside the vocabulary of {self.vocab}: it serves another model")
         return reply
 
     async def score(self, ids: Ids, start: int, temperature: float = 1.0) -> Floats:
@@ -126,40 +131,71 @@ class RemoteEngine:
             raise UsageError(f"{ids.size} tokens to score do not fit in a context of {self.max_context}")
         if temperature != 1.0:
             raise UsageError(f"servers score at temperature 1 only, not at {temperature:g}")
-        server = min(self.servers, key=lambda server: self._running[server])
+        session = f"score-{next(self._numbers)}"
         try:
-            return await server.score(ids, start)
-        except Refused as refused:
-            raise InfraError(str(refused)) from refused
+            return await self._asked(session, "", lambda server, _: server.score(ids, start))
+        finally:
+            self._routes.release(session)
+
+    async def scores(self, ids: Ids, start: int) -> Mapping[str, Floats]:
+        self._check(ids, "the ids to score")
+        found = await self._all(lambda server: server.score(ids, start))
+        return {server.name: values for server, values in found.items()}
 
     async def fork(self, parent: str, child: str) -> None:
-        """The branch goes where its trunk is cached."""
-        if parent in self._homes:
-            self._settle(child, self._of.get(parent, ""), self._homes[parent])
+        self._routes.fork(parent, child)
 
     async def release(self, session: str) -> None:
-        self._homes.pop(session, None)
-        group = self._of.pop(session, None)
-        if group is not None:
-            self._groups[group] -= 1
-            if not self._groups[group]:
-                del self._groups[group]
-                self._homes.pop(f"group {group}", None)
+        self._routes.release(session)
 
     async def abort(self, session: str | None = None) -> None:
         sessions = [session] if session is not None else list(self._rids)
-        wanted = [(self._homes[name], rid) for name in sessions for rid in self._rids.get(name, ())]
+        wanted = [(server, rid) for name in sessions for rid, server in self._rids.get(name, {}).items()]
         self._aborted |= {rid for _, rid in wanted}
         await asyncio.gather(*(server.abort(rid) for server, rid in wanted))
+
+    def where(self, session: str) -> str:
+        """Where a session's requests go, for people."""
+        server = self._routes.server_of(session)
+        return server.name if server is not None else "any server"
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no request can be served now; None where one can."""
+        if self._routes.up:
+            return None
+        return "; ".join(f"{server.url}: {why}" for server, why in self._routes.down.items())
+
+    async def _asked(
+        self, session: str, group: str, ask: Callable[[ModelServer, str], Coroutine[Any, Any, Answer]]
+    ) -> Answer:
+        """What a server answers; asked again, perhaps of another one, where it breaks on the way."""
+        for tries_left in range(TRIES - 1, -1, -1):
+            try:
+                async with self._request(session, group) as (server, rid):
+                    answer = await self._call(server, ask(server, rid))
+                    if not _given_up(answer) or rid in self._aborted:
+                        return answer
+                    raise InfraError(f"{server.url} aborted a request that nobody gave up")
+            except Refused as refused:
+                if not (refused.status >= 500 or refused.status in BUSY) or not tries_left:
+                    raise InfraError(str(refused)) from refused
+            except InfraError:
+                if not tries_left:
+                    raise
+            self.suspect(server)
+            await asyncio.sleep(PAUSE_SECONDS * 2 ** (TRIES - 1 - tries_left))
+        raise AssertionError("unreachable: the last try returns or raises")
 
     @contextlib.asynccontextmanager
     async def _request(self, session: str, group: str) -> AsyncIterator[tuple[ModelServer, str]]:
         """A running request: counted, and aborted where its caller is cancelled."""
         await self._open.wait()
-        server = self._homes.get(session) or self._settle(session, group, None)
+        await self._any_up()
+        server = self._routes.find(session, group)
         rid = f"{self._prefix}-{next(self._numbers)}"
-        self._rids.setdefault(session, set()).add(rid)
-        self._running[server] += 1
+        self._rids.setdefault(session, {})[rid] = server
+        self._routes.running[server] += 1
         try:
             yield server, rid
         except asyncio.CancelledError:
@@ -168,67 +204,135 @@ class RemoteEngine:
                     await asyncio.shield(asyncio.ensure_future(server.abort(rid)))
             raise
         finally:
-            self._running[server] -= 1
+            self._routes.running[server] -= 1
             self._aborted.discard(rid)
-            self._rids[session].discard(rid)
+            del self._rids[session][rid]
             if not self._rids[session]:
                 del self._rids[session]
 
-    def _settle(self, session: str, group: str, server: ModelServer | None) -> ModelServer:
-        """Give a session its server: its group's, unless that one has much more to do than another."""
-        least = min(self.servers, key=lambda server: self._running[server])
-        home = server or self._homes.get(f"group {group}") or least
-        if server is None and self._running[home] > self._running[least] + LEAST_LOADED_BY:
-            home = least
-        self._homes[session] = home
-        if group and session not in self._of:
-            self._of[session] = group
-            self._groups[group] = self._groups.get(group, 0) + 1
-            self._homes.setdefault(f"group {group}", home)
-        return home
+    # -- servers that break ----------------------------------------------------------------------------------------
+
+    def lose(self, server: ModelServer, why: str) -> None:
+        """Send nothing more to a server, and give up what runs there: it is asked again elsewhere."""
+        self._routes.down[server] = why
+        if not self._routes.up:
+            self._up.clear()
+        for call in self._calls[server]:
+            call.cancel()
+
+    async def regain(self, server: ModelServer) -> None:
+        """A server answers again: bring it to the present weights, and send requests there again."""
+        async with self._updating:
+            await self._catch_up(server)
+            self._routes.down.pop(server, None)
+            self._up.set()
+
+    def suspect(self, server: ModelServer) -> None:
+        """A request broke there: whoever keeps the servers may want to look at once."""
+        self._suspicions[server].set()
+
+    async def suspected(self, server: ModelServer) -> None:
+        """Wait until a request breaks there."""
+        await self._suspicions[server].wait()
+        self._suspicions[server].clear()
+
+    def give_up(self, error: AgentRLError) -> None:
+        """No server will come back: every request, also those that wait for one, ends with `error`."""
+        self._lost_all = error
+        self._up.set()
+
+    async def _any_up(self) -> None:
+        """Wait for a server. Raises `RunFailed` where none came for `OUTAGE_SECONDS`, or none ever will."""
+        try:
+            async with asyncio.timeout(OUTAGE_SECONDS):
+                await self._up.wait()
+        except TimeoutError:
+            raise RunFailed(f"no server for {OUTAGE_SECONDS:g} s ({self.trouble})") from None
+        if self._lost_all is not None:
+            raise self._lost_all
+
+    async def _call(self, server: ModelServer, asked: Coroutine[Any, Any, Answer]) -> Answer:
+        """What `server` answers. Raises `InfraError` where it is lost on the way."""
+        call = asyncio.ensure_future(asked)
+        self._calls[server].add(call)
+        try:
+            await asyncio.wait({call})
+        finally:
+            self._calls[server].discard(call)
+            call.cancel()
+        if call.cancelled():
+            raise InfraError(f"{server.url} was lost on the way: {self._routes.down.get(server, 'it was closed')}")
+        return call.result()
+
+    async def _all(self, ask: Callable[[ModelServer], Coroutine[Any, Any, Answer]]) -> dict[ModelServer, Answer]:
+        """Ask every server that is up; one that breaks is lost, and catches up when it is back."""
+
+        async def one(server: ModelServer) -> tuple[ModelServer, Answer] | None:
+            try:
+                return server, await self._call(server, ask(server))
+            except (InfraError, Refused) as error:
+                self.lose(server, str(error))
+                self.suspect(server)
+                return None
+
+        return dict(pair for pair in await asyncio.gather(*map(one, self._routes.up)) if pair is not None)
 
     # -- weights ---------------------------------------------------------------------------------------------------
 
     async def pause(self) -> None:
         self._open.clear()
-        await asyncio.gather(*(server.pause() for server in self.servers))
+        await self._all(lambda server: server.pause())
 
     async def resume(self) -> None:
-        await asyncio.gather(*(server.resume() for server in self.servers))
+        await self._all(lambda server: server.resume())
         self._open.set()
 
     async def update_weights(
         self, weights: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | str, version: int
     ) -> None:
         """Pause, load, go on: in this order, or a server would mix keys and values of two versions."""
-        folder = Path(weights) if isinstance(weights, str) else await asyncio.to_thread(self._write, weights, version)
-        held = self._open.is_set()
-        if held:
-            await self.pause()
-        try:
-            await asyncio.gather(*(server.load(folder, version) for server in self.servers))
-        finally:
+        async with self._updating:
+            folder = (
+                Path(weights) if isinstance(weights, str) else await asyncio.to_thread(self._write, weights, version)
+            )
+            held = self._open.is_set()
             if held:
-                await self.resume()
-        self.version = version
+                await self.pause()
+            self._present, self.version = folder, version
+            try:
+                await self._all(lambda server: server.load(folder, version))
+            finally:
+                if held:
+                    await self.resume()
+
+    async def _catch_up(self, server: ModelServer) -> None:
+        """A server that was started again has its first weights."""
+        if self._present is not None:
+            await server.pause()
+            await server.load(self._present, self.version)
+            await server.resume()
 
     async def sleep(self) -> None:
-        await asyncio.gather(*(server.sleep() for server in self.servers))
+        await self._all(lambda server: server.sleep())
 
     async def wake(self) -> None:
-        await asyncio.gather(*(server.wake() for server in self.servers))
+        await self._all(lambda server: server.wake())
 
     async def health(self) -> dict[str, Any]:
-        reports = await asyncio.gather(*(server.health() for server in self.servers))
+        reports = await self._all(lambda server: server.health())
         return {
             "version": self.version,
-            "running": sum(int(report["running"]) for report in reports),
-            "waiting": sum(int(report["waiting"]) for report in reports),
-            "sessions": len(self._of),
-            "servers": {server.url: report for server, report in zip(self.servers, reports, strict=True)},
+            "running": sum(int(report["running"]) for report in reports.values()),
+            "waiting": sum(int(report["waiting"]) for report in reports.values()),
+            "sessions": self._routes.sessions,
+            "servers": {server.url: report for server, report in reports.items()},
+            "down": {server.url: why for server, why in self._routes.down.items()},
         }
 
     async def close(self) -> None:
+        if self.on_close is not None:
+            await self.on_close()
+            self.on_close = None
         await asyncio.gather(*(server.close() for server in self.servers))
         if self._own_folder:
             await asyncio.to_thread(shutil.rmtree, self._folder, True)
@@ -257,3 +361,8 @@ class RemoteEngine:
         if not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab:
             bad = ids[(ids < 0) | (ids >= self.vocab)][0]
             raise UsageError(f"{what} holds id {bad}, outside the vocabulary of {self.vocab}; check the tokenizer")
+
+
+def _given_up(answer: object) -> bool:
+    """Whether a server ended a request of its own accord."""
+    return isinstance(answer, Generation) and answer.finish == "abort"

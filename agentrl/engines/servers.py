@@ -36,6 +36,15 @@ class ModelServer(Protocol):
     @property
     def url(self) -> str: ...
 
+    @property
+    def name(self) -> str:
+        """What it is and where, for people."""
+        ...
+
+    async def alive(self, seconds: float) -> None:
+        """Get a sign of life from what computes, not only from what listens. Raises `InfraError`, `Refused`."""
+        ...
+
     async def info(self) -> ServerInfo:
         """Raises `UsageError` where something else is at the URL, or a server that is too old."""
         ...

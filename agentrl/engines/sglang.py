@@ -36,6 +36,13 @@ class SGLangServer:
     def url(self) -> str:
         return self._http.url
 
+    @property
+    def name(self) -> str:
+        return f"SGLang at {self.url}"
+
+    async def alive(self, seconds: float) -> None:
+        await self._http.get("/server_info", seconds=seconds)  # asks the scheduler; /model_info does not
+
     async def info(self) -> ServerInfo:
         try:
             about, models = await self._http.get("/server_info"), await self._http.get("/v1/models")

@@ -36,6 +36,13 @@ class VLLMServer:
     def url(self) -> str:
         return self._http.url
 
+    @property
+    def name(self) -> str:
+        return f"vLLM at {self.url}"
+
+    async def alive(self, seconds: float) -> None:
+        await self._http.get("/is_paused", seconds=seconds)  # asks the engine's own process; /health does not
+
     async def info(self) -> ServerInfo:
         try:
             version = str((await self._http.get("/version"))["version"])

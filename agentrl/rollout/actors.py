@@ -68,6 +68,14 @@ class Conversation(Protocol):
     async def fork(self, session: str) -> Self:
         """The same conversation for a branch named `session`."""
 
+    @property
+    def speaker(self) -> str:
+        """Who is asked, and where, for people."""
+
+    @property
+    def trouble(self) -> str | None:
+        """Why the actor cannot speak at present, for no fault of its own; None where it can."""
+
     async def close(self) -> None:
         """Release what is held. Idempotent."""
 
@@ -162,6 +170,14 @@ class _TokenConversation:
     def extend(self, messages: Sequence[Message]) -> None:
         self._dialogue.extend(messages)
 
+    @property
+    def speaker(self) -> str:
+        return self._name
+
+    @property
+    def trouble(self) -> str | None:
+        return None
+
 
 class _PolicyConversation(_TokenConversation):
     def __init__(self, actor: PolicyActor, session: str, group: str, tools: Sequence[dict[str, Any]]) -> None:
@@ -203,6 +219,14 @@ class _PolicyConversation(_TokenConversation):
         child = _PolicyConversation(self._actor, session, self._group, self._tools)
         child._dialogue = self._dialogue.fork()
         return child
+
+    @property
+    def speaker(self) -> str:
+        return self._actor.engine.where(self._session)
+
+    @property
+    def trouble(self) -> str | None:
+        return self._actor.engine.trouble
 
     async def close(self) -> None:
         await self._actor.engine.release(self._session)

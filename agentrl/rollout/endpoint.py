@@ -91,6 +91,11 @@ class _EndpointConversation:
         self._open_calls: list[str] = []
 
     n_tokens = 0
+    trouble = None
+
+    @property
+    def speaker(self) -> str:
+        return f"{self._actor.endpoint.model} at {self._actor.endpoint.url}"
 
     def start(self, messages: Sequence[Message]) -> None:
         self._messages = [_as_openai(message) for message in messages]

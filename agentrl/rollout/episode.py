@@ -25,6 +25,8 @@ from agentrl.store.key import EpisodeKey
 from agentrl.task import Task
 from agentrl.trajectory import Fork, Outcome, Source, ToolUse, Trajectory, Turn
 
+GENERATING = "generating"
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -145,7 +147,7 @@ class LiveEpisode:
         try:
             async with asyncio.timeout(limit - started):
                 anchor = await self._host.anchor()
-                self._now("generating")
+                self._now(GENERATING)
                 heard = self.turns[-1].observation if self.turns else None
                 seed = seed_of(*self._stream, len(self.turns))
                 spoken = await self._conversation.speak(room, seed, heard, self._next_record())
@@ -159,7 +161,7 @@ class LiveEpisode:
                     self._now("waiting for the environment's reply")
                     reply = await self._reply(spoken.parsed.final_text)
         except TimeoutError:
-            self.outcome = Outcome("truncated", "deadline", f"{self.doing} after {time.monotonic() - started:.1f} s")
+            self.outcome = self._late(time.monotonic() - started)
         except EnvError as error:
             self.outcome = Outcome("failed", "env", str(error))
         except InfraError as error:
@@ -171,6 +173,13 @@ class LiveEpisode:
             return None
         turn = self._record(spoken, answers, reply, anchor, time.monotonic() - started)
         return turn
+
+    def _late(self, seconds: float) -> Outcome:
+        """A turn took too long: not the policy's doing where nobody was there to sample it."""
+        trouble = self._conversation.trouble if self.doing.startswith(GENERATING) else None
+        if trouble is not None:
+            return Outcome("failed", "infra", f"no engine for {seconds:.1f} s: {trouble}")
+        return Outcome("truncated", "deadline", f"{self.doing} after {seconds:.1f} s")
 
     async def fork(self) -> LiveEpisode:
         """A branch that shares everything so far: environment, words, cached keys and values.
@@ -261,6 +270,11 @@ class LiveEpisode:
             await self._conversation.close()
         finally:
             await self._host.close()
+
+    @property
+    def waits_for(self) -> str:
+        """What the episode waits for now, in words: for the watchdog."""
+        return f"{self.doing} by {self._conversation.speaker}" if self.doing == GENERATING else self.doing
 
     # -- how a turn becomes a record -----------------------------------------------------------
 

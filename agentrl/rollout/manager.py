@@ -257,7 +257,7 @@ class RolloutManager:
                     named.add(key)
                     self.watcher.stuck(
                         f"episode {episode.id} (task {episode.task.id}) turn {len(episode.turns)}: "
-                        f"{episode.doing} for {now - episode.since:.0f} s"
+                        f"{episode.waits_for} for {now - episode.since:.0f} s"
                     )
 
     async def _release(self, plays: Sequence[Play]) -> None:

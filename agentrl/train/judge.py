@@ -17,9 +17,10 @@ from agentrl.rollout.strategy import FlatRollouts
 from agentrl.store import StoreWriter
 from agentrl.train import checkpoint
 from agentrl.train.evaluation import Decode, draws_for, summarise
-from agentrl.train.parts import make_chat, make_engine, make_env, make_manager, make_policy, policy_actor, take
+from agentrl.train.parts import make_chat, make_env, make_manager, make_policy, policy_actor, take
 from agentrl.train.plan import check_toolkits
 from agentrl.train.policy import Policy
+from agentrl.train.serving import open_engine
 from agentrl.train.stages import RLStage
 from agentrl.trajectory import Group
 
@@ -57,10 +58,10 @@ class Judge:
         """Evaluate the configuration's policy, restored from a checkpoint where one is given."""
         policy = await restored_policy(self.config, run, at)
         stage, step = _place(at)
-        engine, chat = make_engine(self.config, policy), make_chat(self.config, policy.tokenizer)
+        chat = make_chat(self.config, policy.tokenizer)
+        engine = await open_engine(self.config, policy, None, self.reporter.note)
         records = []
         try:
-            await engine.update_weights(policy.weights(), policy.version)
             for mode in decode:
                 temperature = self.settings.temperature if mode == "sampled" else 0.0
                 actor = policy_actor(self.config, engine, chat, temperature=temperature)
@@ -89,10 +90,10 @@ class Judge:
         """Play the tasks once, sampled, and store the trajectories in a run folder: with the policy of `run` at a
         checkpoint, or with the configuration's own."""
         policy = await restored_policy(self.config, run or folder, at)
-        engine, chat = make_engine(self.config, policy), make_chat(self.config, policy.tokenizer)
+        chat = make_chat(self.config, policy.tokenizer)
+        engine = await open_engine(self.config, policy, folder, self.reporter.note)
         writer = StoreWriter(folder, pieces=policy.pieces)
         try:
-            await engine.update_weights(policy.weights(), policy.version)
             actor = policy_actor(self.config, engine, chat, temperature=self.settings.temperature)
             groups = await self._play(actor, "rollout", self.samples, writer)
             writer.add([m.trajectory for g in groups for m in g.members], step=0, stage="rollout", split=self.split)

@@ -16,7 +16,6 @@ from agentrl.chat import ChatFormat
 from agentrl.config import Config
 from agentrl.context import ContextPolicy
 from agentrl.engines import Engine
-from agentrl.engines.local import LocalEngine
 from agentrl.env import Env, tasks_of
 from agentrl.errors import UsageError
 from agentrl.registry import find_env
@@ -122,23 +121,6 @@ def take(env: Env, n: int, *, seed: int, split: str = "train") -> list[Task]:
     if not tasks:
         raise UsageError(f"{type(env).__name__} yields no tasks for split {split!r}; let tasks() yield at least one")
     return tasks
-
-
-def make_engine(config: Config, policy: Policy) -> LocalEngine:
-    """The in-process engine with its own copy of the policy's weights."""
-    engine = LocalEngine(
-        policy.model_for_engine(),
-        rows=config.engine.rows,
-        max_context=config.engine.max_context,
-        deterministic=config.deterministic,
-        device=device_of(config),
-    )
-    if engine.capabilities.max_context and config.rollout.max_tokens >= engine.capabilities.max_context:
-        raise UsageError(
-            f"rollout.max_tokens {config.rollout.max_tokens} leaves no room for a prompt in a context of "
-            f"{engine.capabilities.max_context} tokens; lower it, or raise engine.max_context"
-        )
-    return engine
 
 
 def policy_actor(

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from agentrl.config import Config
+from agentrl.engines.options import SGLangOptions, VLLMOptions
 from agentrl.env import Env
 from agentrl.errors import UsageError
 from agentrl.train.options import HFModel, ScratchModel
 from agentrl.train.parts import device_of, make_env, take
 from agentrl.train.pretrained import load_tokenizer
+from agentrl.train.serving import server_python
 from agentrl.train.stages import RLStage, SupervisedStage
 
 
@@ -34,6 +36,7 @@ def check(config: Config) -> None:
                 where="rollout.deadlines.tool",
             )
     check_toolkits(config, env)
+    check_engine(config)
     demonstrates = type(env).demonstrate is not Env.demonstrate
     needy = [s for s in config.stages if isinstance(s, SupervisedStage)] or isinstance(config.model, ScratchModel)
     if needy and not demonstrates:
@@ -68,6 +71,37 @@ def check_toolkits(config: Config, env: Env) -> None:
                 f"{name} has places for {kit.places} episodes, but {config.rollout.episodes} may be in flight and "
                 f"would wait for one another: lower this to {kit.places}, or give {name} more",
                 where="rollout.episodes",
+            )
+
+
+def check_engine(config: Config) -> None:
+    """What servers cannot do, and whether they can be started. Raises `UsageError`."""
+    engine = config.engine
+    if not isinstance(engine, SGLangOptions | VLLMOptions):
+        return
+    if config.deterministic:
+        raise UsageError(
+            f"{engine.type} servers cannot promise the same numbers twice; set deterministic: false, or engine: local",
+            where="deterministic",
+        )
+    if engine.sync == "adapter" and not (isinstance(config.model, HFModel) and config.model.lora):
+        raise UsageError("sync: adapter needs a model that is trained through model.lora", where="engine.sync")
+    if engine.launch is not None:
+        server_python(engine.type, engine.launch)
+    for number, stage in enumerate(config.stages):
+        if not isinstance(stage, RLStage):
+            continue
+        if engine.type == "vllm" and (stage.top_p < 1 or stage.top_k):
+            raise UsageError(
+                "vLLM's log-probs are those after top_p and top_k, not of the policy; set top_p: 1 and top_k: 0, or "
+                "use the sglang engine",
+                where=f"stages.{number}.{'top_p' if stage.top_p < 1 else 'top_k'}",
+            )
+        if stage.strategy.needs_entropy and not engine.top_logprobs:
+            raise UsageError(
+                f"strategy {stage.strategy.type} needs entropies, which servers estimate from the likeliest tokens "
+                "only: set engine.top_logprobs=20",
+                where=f"stages.{number}.strategy",
             )
 
 

@@ -20,7 +20,7 @@ from agentrl.errors import UsageError
 from agentrl.train.forward import Network
 from agentrl.train.lora import add_adapters, deltas, merged
 from agentrl.train.options import Dtype, LoraOptions
-from agentrl.train.pretrained import load_model, load_tokenizer, random_model
+from agentrl.train.pretrained import load_model, load_tokenizer, quiet, random_model
 from agentrl.trajectory import Ids
 
 
@@ -158,10 +158,11 @@ class Policy:
         False and there is nothing to keep apart."""
         if not (merge or self.lora):
             raise UsageError("this policy has no LoRA adapters to write apart; export it merged")
-        if merge:
-            self.model_for_engine().save_pretrained(str(folder))
-        else:
-            self.model.save_pretrained(str(folder))  # type: ignore[operator]
+        with quiet():
+            if merge:
+                self.model_for_engine().save_pretrained(str(folder))
+            else:
+                self.model.save_pretrained(str(folder))  # type: ignore[operator]
         self.tokenizer.save_pretrained(str(folder))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:

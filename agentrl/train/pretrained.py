@@ -35,7 +35,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise UsageError(f"{folder} has no tokenizer; copy tokenizer.json and tokenizer_config.json into it")
     try:
-        with _quiet():
+        with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         raise UsageError(f"the tokenizer in {folder} cannot be loaded ({_first_line(error)}); copy it anew") from error
@@ -50,7 +50,7 @@ def load_model(folder: Path, *, dtype: Dtype, ids: int) -> PreTrainedModel:
     """The folder's causal LM on the CPU, whose vocabulary must hold the tokenizer's `ids` ids."""
     _check_folder(folder)
     try:
-        with _quiet():
+        with quiet():
             config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UsageError(f"{folder}/config.json cannot be read: {_first_line(error)}") from error
@@ -61,7 +61,7 @@ def load_model(folder: Path, *, dtype: Dtype, ids: int) -> PreTrainedModel:
         what = named[0] if named else config.model_type
         raise UsageError(f"{folder} holds {what}, which is no causal language model; name a folder that holds one")
     try:
-        with _quiet():
+        with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(folder), config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
             )
@@ -94,7 +94,7 @@ def random_model(arch: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *,
     special = {name: getattr(tokenizer, name) for name in _FROM_TOKENIZER[1:]}
     try:
         config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **special, **keys)
-        with torch.random.fork_rng(devices=[]), _quiet():
+        with torch.random.fork_rng(devices=[]), quiet():
             torch.manual_seed(seed % 2**63)
             model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=torch.float32
@@ -133,7 +133,7 @@ def _check_keys(keys: Mapping[str, Any], kind: type, name: str) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars and no load reports: what matters is raised."""
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

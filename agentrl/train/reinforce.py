@@ -118,14 +118,14 @@ class ReinforceRunner:
         for group in iteration.played:
             session.writer.credit(group, step=step, stage=self.label)
         session.writer.flush()
-        await session.new_weights()
+        probed = await session.new_weights()
         session.progress.tasks_taken = session.tasks.position
         done = time.perf_counter()
         values = metrics_of(iteration) | report.metrics
         # What the engine had to compute is a matter of speed: a resumed run takes episodes over.
         values |= {f"speed/engine_{name}": v - counters[name] for name, v in engine_counters(session.engine).items()}
         values["speed/episodes_s"] = values["episodes"] / (played - begun)
-        values |= {"lr": lr, "train_tokens": float(report.tokens)}
+        values |= {"gap/probe": probed, "lr": lr, "train_tokens": float(report.tokens)}
         values |= {f"schedule/{path}": value for path, value in scheduled.items()}
         for kit in session.env.kits:
             values |= kit.metrics()

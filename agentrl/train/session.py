@@ -21,6 +21,7 @@ from agentrl.train import evaluation
 from agentrl.train.checkpoint import Progress
 from agentrl.train.parts import policy_actor
 from agentrl.train.policy import Policy
+from agentrl.train.probe import Probe
 from agentrl.train.stages import RLStage, TrainingStage
 from agentrl.trajectory import Group, Trajectory
 
@@ -36,6 +37,7 @@ class Session:
     policy: Policy
     chat: ChatFormat
     engine: Engine
+    probe: Probe
     manager: RolloutManager
     writer: StoreWriter
     metrics: Metrics
@@ -55,11 +57,13 @@ class Session:
         fresh = [m.trajectory for group in groups for m in group.members if m.trajectory.id not in stored]
         self.writer.add(fresh, step=step, stage=stage, split=split)
 
-    async def new_weights(self) -> None:
-        """Hand the policy's present weights to the engine as a new version."""
+    async def new_weights(self) -> float:
+        """Hand the policy's present weights to the engine as a new version; returns how far the engine's log-probs
+        of a probe are from the trainer's, in nats. Raises `RunFailed` where that is too far."""
         self.policy.version += 1
         self.progress.version = self.policy.version
         await self.engine.update_weights(self.policy.weights(), self.policy.version)
+        return await self.probe.check()
 
     async def evaluate(self, stage: TrainingStage, label: str, step: int, *, whole: bool) -> float | None:
         """Evaluate on held-out tasks (`whole`: all of them) in every decode mode; returns the mean success."""

@@ -28,8 +28,9 @@ from agentrl.store.run import versions
 from agentrl.train import checkpoint
 from agentrl.train.checkpoint import Progress
 from agentrl.train.optim import Optimizer, build_optimizer
-from agentrl.train.parts import make_chat, make_engine, make_env, make_manager, make_policy, take
+from agentrl.train.parts import make_chat, make_env, make_manager, make_policy, take
 from agentrl.train.reinforce import ReinforceRunner
+from agentrl.train.serving import open_engine, probe_of
 from agentrl.train.session import Session
 from agentrl.train.stages import RLStage, SupervisedStage, TrainingStage
 from agentrl.train.supervised import SupervisedRunner
@@ -113,8 +114,7 @@ class Trainer:
         if newest is not None:
             metrics.rewind(stage_labels(config.stages), self.progress.stage, self.progress.step)
         writer = StoreWriter(folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n)
-        engine = make_engine(config, policy)
-        await engine.update_weights(policy.weights(), policy.version)
+        engine = await open_engine(config, policy, folder.path, self.reporter.note)
         tasks = TaskStream(lambda: tasks_of(env, "train", config.seed))
         tasks.seek(self.progress.tasks_taken)
         return Session(
@@ -125,6 +125,7 @@ class Trainer:
             policy=policy,
             chat=make_chat(config, policy.tokenizer),
             engine=engine,
+            probe=probe_of(config, policy, engine),
             manager=make_manager(config, env, writer, self.reporter),
             writer=writer,
             metrics=metrics,

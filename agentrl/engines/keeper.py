@@ -1,0 +1,157 @@
+"""Servers are kept: looked at every few seconds, given up where they hang, started again where they are ours.
+
+A server that dies or hangs is lost to the engine at once, which asks others meanwhile. One that was started here is
+started again, with a pause that doubles each time; one that was only named is waited for. Either way it gets the
+present weights before it is asked anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from agentrl.engines.http import Refused
+from agentrl.engines.launch import Launch, ServerProcess
+from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.servers import ModelServer
+from agentrl.errors import AgentRLError, InfraError, RunFailed
+
+LOOK_SECONDS = 5.0
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a server is started again
+Tell = Callable[[str], None]
+
+
+@dataclass(slots=True, eq=False)
+class Post:
+    """One server's place: who answers there, and its process where it was started here."""
+
+    server: ModelServer
+    process: ServerProcess | None = None
+    restarts: int = 0
+
+    def ended(self) -> str | None:
+        """Why its process is no more; None where it runs, or is not ours."""
+        if self.process is None or self.process.running:
+            return None
+        return f"it ended with code {self.process.code}: {self.process.last_words()}"
+
+
+async def start(launches: Sequence[Launch], logs: Path) -> list[ServerProcess]:
+    """Start servers and wait until all answer. Raises `UsageError`, `InfraError`; then none is left running."""
+    processes: list[ServerProcess] = []
+    try:
+        for number, launch in enumerate(launches):
+            processes.append(ServerProcess.start(launch, logs / f"{launch.kind}-{number}.log"))
+        await asyncio.gather(*(process.ready() for process in processes))
+    except BaseException:
+        await asyncio.shield(asyncio.gather(*(process.stop() for process in processes)))
+        raise
+    return processes
+
+
+class Keeper:
+    """Keeps an engine's servers. `tell` hears of every loss and return.
+
+    Args:
+        patience: seconds without a sign of life after which a server counts as hung.
+        restarts: how often each server is started again before it is given up.
+    """
+
+    def __init__(
+        self, engine: RemoteEngine, posts: Sequence[Post], tell: Tell, *, patience: float, restarts: int
+    ) -> None:
+        self.engine = engine
+        self.posts = tuple(posts)
+        self._tell = tell
+        self._patience = patience
+        self._restarts = restarts
+        self._gone: set[ModelServer] = set()
+        self._tasks = [asyncio.create_task(self._keep(post), name=f"keeper of {post.server.url}") for post in posts]
+
+    async def close(self) -> None:
+        """Stop keeping, and end the servers that were started here."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(post.process.stop() for post in self.posts if post.process is not None))
+
+    async def _keep(self, post: Post) -> None:
+        try:
+            await self._kept(post)
+        except AgentRLError as error:  # another server stands there now, or it does not take the weights
+            self.engine.give_up(error)
+
+    async def _kept(self, post: Post) -> None:
+        while True:
+            await self._rest(post)
+            why = await self._examine(post)
+            if why is None:
+                continue
+            self.engine.lose(post.server, why)
+            self._tell(f"{post.server.name} is lost: {why}")
+            lost = time.monotonic()
+            if not await self._bring_back(post):
+                return
+            self._tell(f"{post.server.name} is back after {time.monotonic() - lost:.0f} s")
+
+    async def _rest(self, post: Post) -> None:
+        """Until it is time to look, or a request broke there."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOOK_SECONDS):
+                await self.engine.suspected(post.server)
+
+    async def _examine(self, post: Post) -> str | None:
+        """Why the server is lost; None where it lives."""
+        silent = time.monotonic()
+        while True:
+            if (why := post.ended()) is not None:
+                return why
+            try:
+                await post.server.alive(min(self._patience, 10.0))
+                return None
+            except Refused:
+                return None  # it speaks
+            except InfraError as error:
+                seconds = time.monotonic() - silent
+                if seconds >= self._patience:
+                    return f"no sign of life for {seconds:.0f} s ({error})"
+                if post.process is None and isinstance(error.__cause__, httpx.ConnectError):
+                    return str(error)
+            await asyncio.sleep(0.5)
+
+    async def _bring_back(self, post: Post) -> bool:
+        """Until the server serves again with the present weights; False where it is given up."""
+        pause = FIRST_PAUSE
+        while True:
+            try:
+                if post.process is not None:
+                    if post.restarts >= self._restarts:
+                        return self._gives_up(post)
+                    post.restarts += 1
+                    await post.process.stop(gently=False)
+                    post.process = post.process.again()
+                    await post.process.ready()
+                await post.server.alive(self._patience)
+                await post.server.info()
+                await self.engine.regain(post.server)
+                return True
+            except (InfraError, Refused) as error:
+                if post.process is not None:
+                    self._tell(f"{post.server.name} does not come back: {error}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _gives_up(self, post: Post) -> bool:
+        self._gone.add(post.server)
+        words = post.process.last_words() if post.process is not None else "no answer"
+        sentence = f"{post.server.name} died {post.restarts + 1} times and is given up; its last words: {words}"
+        self._tell(sentence)
+        if len(self._gone) == len(self.posts):
+            self.engine.give_up(RunFailed(sentence))
+        return False

@@ -1,0 +1,116 @@
+"""What a configuration may say of the engine. Torch-free: the schema imports it.
+
+`engine: {type: local}` is the default; `engine.type=sglang` alone starts a server of one's own. Where servers run is
+said by one of `launch` and `urls`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Sync: TypeAlias = Literal["disk", "tensor", "distributed", "adapter"]
+InFlight: TypeAlias = Literal["retract", "in_place"]
+
+
+class Options(BaseModel):
+    """Base: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class LocalOptions(Options):
+    """The in-process engine. `rows`: episodes that keep their keys and values at once."""
+
+    type: Literal["local"] = "local"
+    rows: int = Field(default=256, ge=1)
+    max_context: int | None = Field(default=None, ge=8, description="tokens; default: what the model allows")
+
+
+class LaunchOptions(Options):
+    """Servers that the run starts on this machine, keeps alive, and ends."""
+
+    servers: int = Field(default=1, ge=1)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: str = Field(default="auto", description="auto: float32 on a CPU, bfloat16 on CUDA")
+    cores: int = Field(default=1, ge=1, description="cores of each server on a CPU, the last ones of this process")
+    memory_fraction: float = Field(default=0.85, gt=0, lt=1, description="of the accelerator's memory")
+    python: str | None = Field(default=None, description="of the servers' environment; default: what was installed")
+    flags: tuple[str, ...] = Field(default=(), description="more words for the server's command line")
+    restarts: int = Field(default=10, ge=0, description="how often a server that died is started again")
+
+
+def _auto(value: object) -> object:
+    """`launch: auto` is short for its defaults."""
+    return {} if value == "auto" else value
+
+
+class ServerOptions(Options):
+    """What SGLang and vLLM have in common. `patience`: seconds without a sign of life after which a server counts as
+    hung. `tolerance`: nats by which its log-probs may differ from the trainer's after new weights."""
+
+    launch: Annotated[LaunchOptions, BeforeValidator(_auto)] | None = None
+    urls: tuple[str, ...] = Field(default=(), description="servers that run already")
+    api_key: str | None = None
+    max_context: int | None = Field(default=None, ge=8, description="tokens; default: what the servers allow")
+    top_logprobs: int = Field(default=0, ge=0, le=64, description="entropies from so many likeliest tokens; 0: none")
+    sync: Sync = "disk"
+    sync_folder: str | None = Field(default=None, description="where weights are written; servers must see it too")
+    in_flight: InFlight = Field(
+        default="retract", description="requests that an update meets: their cache is computed anew, or kept"
+    )
+    sleep: bool = Field(default=False, description="give the accelerator to the trainer during its updates")
+    patience: float = Field(default=60.0, gt=0)
+    tolerance: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _somewhere(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("launch") is None and not values.get("urls"):
+            return {**values, "launch": {}}
+        return values
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServerOptions:
+        if self.urls and self.launch is not None:
+            raise ValueError("launch and urls exclude each other: name servers that run, or let the run start its own")
+        for url in self.urls:
+            if not url.startswith(("http://", "https://")):
+                raise ValueError(f"urls: {url!r} is no URL; write it as http://host:port")
+        if len(set(self.urls)) < len(self.urls):
+            raise ValueError("urls names a server twice; name each once")
+        if self.sync_folder is not None and self.sync not in ("disk", "adapter"):
+            raise ValueError(f"sync_folder does nothing with sync: {self.sync}; remove it, or choose sync: disk")
+        return self
+
+
+class SGLangOptions(ServerOptions):
+    """SGLang servers, over HTTP."""
+
+    type: Literal["sglang"] = "sglang"
+
+
+class VLLMOptions(ServerOptions):
+    """vLLM servers, over HTTP."""
+
+    type: Literal["vllm"] = "vllm"
+
+    @model_validator(mode="after")
+    def _has_it(self) -> VLLMOptions:
+        if self.sync in ("tensor", "distributed"):
+            raise ValueError(f"vLLM takes weights from a folder, not by sync: {self.sync}; use disk")
+        return self
+
+
+def _local(value: object) -> object:
+    """`engine: sglang` is short for its defaults; a mapping without a type is the local engine's."""
+    if isinstance(value, str):
+        return {"type": value}
+    return {"type": "local", **value} if isinstance(value, Mapping) else value
+
+
+EngineOptions: TypeAlias = Annotated[
+    Annotated[LocalOptions | SGLangOptions | VLLMOptions, Field(discriminator="type")], BeforeValidator(_local)
+]

@@ -1,0 +1,186 @@
+"""The engine of a run: in process, or over servers that the run starts for itself or was given the addresses of."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from agentrl.config import Config
+from agentrl.engines import Engine
+from agentrl.engines.install import python_of
+from agentrl.engines.keeper import Keeper, Post, start
+from agentrl.engines.launch import Device, Launch, free_port
+from agentrl.engines.local import LocalEngine
+from agentrl.engines.options import LaunchOptions, LocalOptions, ServerOptions
+from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.servers import ModelServer
+from agentrl.engines.sglang import SGLangServer
+from agentrl.engines.vllm import VLLMServer
+from agentrl.errors import UsageError
+from agentrl.train.parts import device_of
+from agentrl.train.policy import Policy
+from agentrl.train.probe import Probe
+
+Tell = Callable[[str], None]
+
+
+async def open_engine(config: Config, policy: Policy, folder: Path | None, tell: Tell) -> Engine:
+    """The engine that the configuration names, serving the policy's weights as its present version.
+
+    `folder` takes servers' logs and what is written for them; None: a temporary one. Raises `UsageError` for servers
+    that cannot serve this policy, `InfraError` where they do not start.
+    """
+    engine = (
+        _local(config, policy, config.engine)
+        if isinstance(config.engine, LocalOptions)
+        else await _served(config, policy, config.engine, folder, tell)
+    )
+    try:
+        most = engine.capabilities.max_context
+        if most and config.rollout.max_tokens >= most:
+            raise UsageError(
+                f"rollout.max_tokens {config.rollout.max_tokens} leaves no room for a prompt in a context of {most} "
+                "tokens; lower it, or raise engine.max_context"
+            )
+        await engine.update_weights(policy.weights(), policy.version)
+        await probe_of(config, policy, engine).check()
+    except BaseException:
+        await asyncio.shield(engine.close())
+        raise
+    return engine
+
+
+def probe_of(config: Config, policy: Policy, engine: Engine) -> Probe:
+    """The probe of an engine that `open_engine` made."""
+    options = config.engine
+    if isinstance(options, LocalOptions):
+        return Probe(policy, engine, exact=policy.base.dtype == torch.float32)
+    theirs = dtype_of(options.launch) if options.launch is not None else "unknown"
+    return Probe(
+        policy,
+        engine,
+        exact=theirs == "float32" == str(policy.base.dtype).removeprefix("torch."),
+        tolerance=options.tolerance,
+    )
+
+
+def dtype_of(options: LaunchOptions) -> str:
+    """What servers are told to compute in."""
+    if options.dtype != "auto":
+        return options.dtype
+    return "float32" if _device(options) == "cpu" else "bfloat16"
+
+
+def server_python(kind: Literal["sglang", "vllm"], options: LaunchOptions) -> Path:
+    """The Python that servers are started with. Raises `UsageError` where none is installed."""
+    found = Path(options.python).expanduser() if options.python else python_of(kind, _device(options))
+    if found is None or not found.is_file():
+        what = f"there is no {found}" if found else f"{kind} is not installed for {_device(options)}"
+        raise UsageError(f"{what}; run: agentrl engine install {kind}", where="engine.launch.python" if found else None)
+    return found.absolute()
+
+
+def _device(options: LaunchOptions) -> Device:
+    if options.device != "auto":
+        return options.device
+    return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+
+
+def _local(config: Config, policy: Policy, options: LocalOptions) -> LocalEngine:
+    """With its own copy of the policy's weights."""
+    return LocalEngine(
+        policy.model_for_engine(),
+        rows=options.rows,
+        max_context=options.max_context,
+        deterministic=config.deterministic,
+        device=device_of(config),
+    )
+
+
+async def _served(
+    config: Config, policy: Policy, options: ServerOptions, folder: Path | None, tell: Tell
+) -> RemoteEngine:
+    place = _place(folder)
+    posts: list[Post] = []
+    engine: RemoteEngine | None = None
+    try:
+        posts = await _posts(config, policy, options, place, tell)
+        engine = await RemoteEngine.connect(
+            [post.server for post in posts],
+            vocab=int(policy.base.config.vocab_size),
+            max_context=options.max_context,
+            sync_folder=Path(options.sync_folder) if options.sync_folder else place / "weights",
+            entropy=options.top_logprobs > 0,
+        )
+    except BaseException:
+        await asyncio.shield(_end(posts, place, folder))
+        raise
+    restarts = options.launch.restarts if options.launch is not None else 0
+    keeper = Keeper(engine, posts, tell, patience=options.patience, restarts=restarts)
+
+    async def end() -> None:
+        await keeper.close()
+        await _end((), place, folder)
+
+    engine.on_close = end
+    return engine
+
+
+async def _posts(config: Config, policy: Policy, options: ServerOptions, place: Path, tell: Tell) -> list[Post]:
+    """The servers: those that are named, or new ones of this machine."""
+    kind: Literal["sglang", "vllm"] = options.type  # type: ignore[attr-defined]
+
+    def client(url: str) -> ModelServer:
+        made = SGLangServer if kind == "sglang" else VLLMServer
+        return made(url, top_logprobs=options.top_logprobs, api_key=options.api_key)
+
+    if options.launch is None:
+        return [Post(client(url)) for url in options.urls]
+    launch, device = options.launch, _device(options.launch)
+    model = policy.path
+    if model is None:
+        model = str(place / "model")
+        await asyncio.to_thread(policy.save_hf, model)
+    python, cores = server_python(kind, launch), sorted(os.sched_getaffinity(0))
+    launches = []
+    for number in range(launch.servers):
+        own = [cores[(-1 - n) % len(cores)] for n in range(number * launch.cores, (number + 1) * launch.cores)]
+        launches.append(
+            Launch(
+                kind=kind,
+                python=python,
+                model=Path(model),
+                port=free_port(),
+                device=device,
+                dtype=dtype_of(launch),
+                seed=config.seed + number,
+                cores=tuple(sorted(set(own))),
+                memory_fraction=launch.memory_fraction,
+                flags=launch.flags,
+            )
+        )
+    tell(f"starting {launch.servers} {kind} server{'s' * (launch.servers > 1)}; logs: {place / 'logs'}")
+    processes = await start(launches, place / "logs")
+    return [Post(client(process.launch.url), process) for process in processes]
+
+
+def _place(folder: Path | None) -> Path:
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="agentrl-engine-"))
+    place = folder.absolute() / "engine"
+    place.mkdir(exist_ok=True)
+    return place
+
+
+async def _end(posts: list[Post] | tuple[()], place: Path, folder: Path | None) -> None:
+    """End what was started, and remove what was written for servers but their logs."""
+    await asyncio.gather(*(post.process.stop() for post in posts if post.process is not None))
+    for unneeded in (place,) if folder is None else (place / "model", place / "weights"):
+        await asyncio.to_thread(shutil.rmtree, unneeded, True)
