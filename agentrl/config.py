@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from agentrl.algo.component import one_of
+from agentrl.chaos import ChaosOptions
 from agentrl.engines.options import EngineOptions, LocalOptions
 from agentrl.errors import UsageError
 from agentrl.rollout.deadlines import Deadlines
@@ -131,6 +132,7 @@ class Config(Section):
     store: StoreSection = StoreSection()
     log: LogSection = LogSection()
     checkpoint: CheckpointSection = CheckpointSection()
+    chaos: ChaosOptions | None = None
 
 
 def prepare(imports: Sequence[str] = ()) -> type[Config]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 
+from agentrl.chaos import Chaos, transport
 from agentrl.errors import AgentRLError, InfraError
 
 CONNECTIONS = 1024  # a request holds one for as long as it generates
@@ -29,13 +30,16 @@ class Refused(AgentRLError):
 class Http:
     """Requests to one server. `kind` names it in errors, such as "the SGLang server"."""
 
-    def __init__(self, url: str, kind: str, api_key: str | None = None) -> None:
+    def __init__(self, url: str, kind: str, api_key: str | None = None, chaos: Chaos | None = None) -> None:
         self.url = url.rstrip("/")
         self.kind = kind
+        inner = httpx.AsyncHTTPTransport(
+            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+        )
         self._client = httpx.AsyncClient(
             base_url=self.url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
+            transport=inner if chaos is None else transport(chaos, inner),
             timeout=httpx.Timeout(CONTROL_SECONDS, connect=CONNECT_SECONDS, pool=None),
         )
 

@@ -39,7 +39,7 @@ class Post:
         """Why its process is no more; None where it runs, or is not ours."""
         if self.process is None or self.process.running:
             return None
-        return f"it ended with code {self.process.code}: {self.process.last_words()}"
+        return self.process.ending()
 
 
 async def start(launches: Sequence[Launch], logs: Path) -> list[ServerProcess]:
@@ -113,7 +113,7 @@ class Keeper:
             if (why := post.ended()) is not None:
                 return why
             try:
-                await post.server.alive(min(self._patience, 10.0))
+                await post.server.alive(max(self._patience - (time.monotonic() - silent), 1.0))
                 return None
             except Refused:
                 return None  # it speaks
@@ -123,7 +123,7 @@ class Keeper:
                     return f"no sign of life for {seconds:.0f} s ({error})"
                 if post.process is None and isinstance(error.__cause__, httpx.ConnectError):
                     return str(error)
-            await asyncio.sleep(0.5)
+            await asyncio.sleep(min(0.5, self._patience / 10))
 
     async def _bring_back(self, post: Post) -> bool:
         """Until the server serves again with the present weights; False where it is given up."""
@@ -149,8 +149,8 @@ class Keeper:
 
     def _gives_up(self, post: Post) -> bool:
         self._gone.add(post.server)
-        words = post.process.last_words() if post.process is not None else "no answer"
-        sentence = f"{post.server.name} died {post.restarts + 1} times and is given up; its last words: {words}"
+        words = post.process.ending() if post.process is not None else "no answer"
+        sentence = f"{post.server.name} died {post.restarts + 1} times and is given up: {words}"
         self._tell(sentence)
         if len(self._gone) == len(self.posts):
             self.engine.give_up(RunFailed(sentence))

@@ -152,6 +152,14 @@ class ServerProcess:
     def running(self) -> bool:
         return self._process.poll() is None
 
+    def strike(self, signal_: signal.Signals) -> None:
+        """Send a signal to the server's processes, past `leash`: SIGKILL to the first of them alone, as the kernel's
+        out-of-memory killer would, any other to all (`agentrl.chaos`)."""
+        own = sorted(pid for pid in members(self.pid) if pid != self.pid)
+        for pid in own[:1] if signal_ == signal.SIGKILL else own:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal_)
+
     @property
     def code(self) -> int | None:
         """How it ended; negative: by that signal."""
@@ -163,18 +171,26 @@ class ServerProcess:
         async with httpx.AsyncClient(base_url=self.launch.url, timeout=5) as client:
             while time.monotonic() < deadline:
                 if not self.running:
-                    raise InfraError(f"{self._name} ended with code {self._process.returncode}: {self.last_words()}")
+                    raise InfraError(f"{self._name} did not start: {self.ending()}")
                 with contextlib.suppress(httpx.HTTPError):
                     if (await client.get(_READY[self.launch.kind])).status_code == 200:
                         return
                 await asyncio.sleep(0.5)
         raise InfraError(f"{self._name} does not answer after {seconds:g} s: {self.last_words()}")
 
+    def ending(self) -> str:
+        """How it ended, with its last words where it had any."""
+        code = self.code or 0
+        if code > 128:
+            return f"it was killed by {signal.Signals(code - 128).name} (its log: {self.log})"
+        return f"it ended with code {code}: {self.last_words()}"
+
     def last_words(self) -> str:
         """The last line of its log that names an error, else the last line; and where the log is."""
         text = self.log.read_bytes()[-200_000:].decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        telling = next((line for line in reversed(lines) if _CAUSE.search(line)), lines[-1] if lines else "no word")
+        causes = (line for line in reversed(lines) if _CAUSE.search(line) and "WARNING" not in line)
+        telling = next(causes, lines[-1] if lines else "no word")
         return f"{telling[-300:]} (the whole log: {self.log})"
 
     def again(self) -> ServerProcess:
@@ -188,20 +204,25 @@ class ServerProcess:
         for signal_ in (signal.SIGTERM, signal.SIGKILL)[not gently :]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal_)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, STOP_SECONDS)
-                if not _group_lives(self.pid):
-                    return
-        self._process.poll()
+            deadline = time.monotonic() + STOP_SECONDS
+            while self.running or members(self.pid):
+                if time.monotonic() > deadline:
+                    break
+                await asyncio.sleep(0.05)
+            else:
+                return
 
     @property
     def _name(self) -> str:
         return f"the {self.launch.kind} server of {self.launch.model}"
 
 
-def _group_lives(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def members(group: int) -> list[int]:
+    """The processes of a group that still run; one that waits to be reaped holds nothing any more."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(its_group) == group and state != "Z":
+                found.append(int(stat.parent.name))
+    return found

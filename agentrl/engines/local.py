@@ -172,6 +172,10 @@ class LocalEngine:
 
         return await self._call(work)
 
+    def crash(self, why: str) -> None:
+        """Lose every request and everything cached, as when a forward breaks (`agentrl.chaos`)."""
+        self._post(lambda: self._scheduler.fail(InfraError(why)))
+
     def where(self, session: str) -> str:
         return "the local engine"
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Answer = TypeVar("Answer")
 TRIES = 6  # of one request, before its episode is told
 BUSY = (408, 429)  # of the 4xx, those that say: later
-PAUSE_SECONDS = 0.1  # before the second try; each further one waits twice as long
+PAUSE_SECONDS = 0.2  # before the second try; each further one waits twice as long
 OUTAGE_SECONDS = 900.0  # without any server, after which the run fails
 
 

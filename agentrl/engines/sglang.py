@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from agentrl.chaos import Chaos
 from agentrl.engines import Generation, Request
 from agentrl.engines.http import Http, Refused
 from agentrl.engines.servers import ServerInfo, entropy_of, runs_of
@@ -28,8 +29,10 @@ class SGLangServer:
             (0: no entropies).
     """
 
-    def __init__(self, url: str, *, top_logprobs: int = 0, api_key: str | None = None) -> None:
-        self._http = Http(url, "the SGLang server", api_key)
+    def __init__(
+        self, url: str, *, top_logprobs: int = 0, api_key: str | None = None, chaos: Chaos | None = None
+    ) -> None:
+        self._http = Http(url, "the SGLang server", api_key, chaos)
         self._top = top_logprobs
 
     @property

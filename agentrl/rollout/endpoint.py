@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
+
 from agentrl.chat import Message, Parsed
 from agentrl.content import Content, parts_of, text_of
 from agentrl.errors import InfraError, UsageError
@@ -41,15 +43,10 @@ class EndpointActor:
     vocab_size = 0
 
     def __init__(self, endpoint: Endpoint, *, name: str = "endpoint", requests: int = 16) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise UsageError('endpoints need httpx: pip install "agentrl-framework[endpoint]"') from error
         self.endpoint = endpoint
         self.name = name
         key = os.environ.get(endpoint.key_name)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._errors: tuple[type[Exception], ...] = (httpx.HTTPError,)
         self._client = httpx.AsyncClient(
             base_url=endpoint.url.rstrip("/") + "/", headers=headers, timeout=endpoint.timeout
         )
@@ -67,7 +64,7 @@ class EndpointActor:
             try:
                 async with self._requests:
                     reply = await self._client.post("chat/completions", json=body)
-            except self._errors as error:
+            except httpx.HTTPError as error:
                 said = f"{type(error).__name__}: {error}"
                 continue
             if reply.status_code == 200:

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from agentrl.chaos import ChaosOptions
 from agentrl.config import Config
-from agentrl.engines.options import SGLangOptions, VLLMOptions
+from agentrl.engines.options import LocalOptions, SGLangOptions, VLLMOptions
 from agentrl.env import Env
 from agentrl.errors import UsageError
 from agentrl.train.options import HFModel, ScratchModel
@@ -77,6 +78,8 @@ def check_toolkits(config: Config, env: Env) -> None:
 def check_engine(config: Config) -> None:
     """What servers cannot do, and whether they can be started. Raises `UsageError`."""
     engine = config.engine
+    if config.chaos is not None:
+        _check_chaos(config.chaos, engine)
     if not isinstance(engine, SGLangOptions | VLLMOptions):
         return
     if config.deterministic:
@@ -103,6 +106,17 @@ def check_engine(config: Config) -> None:
                 "only: set engine.top_logprobs=20",
                 where=f"stages.{number}.strategy",
             )
+
+
+def _check_chaos(chaos: ChaosOptions, engine: LocalOptions | SGLangOptions | VLLMOptions) -> None:
+    if isinstance(engine, LocalOptions):
+        if (lacking := chaos.needs_servers) is not None:
+            raise UsageError(
+                f"only servers can suffer {lacking}, and the engine is local; remove it, or set engine.type=sglang",
+                where=f"chaos.{lacking}",
+            )
+    elif engine.urls and (chaos.kill_every or chaos.hang_every):
+        raise UsageError("only servers that the run started are killed; set engine.launch=auto", where="chaos")
 
 
 def _check_folder(path: str) -> None:
@@ -190,7 +204,7 @@ def _model(model: HFModel | ScratchModel) -> str:
 
 
 MAY_CHANGE = ("out", "name", "threads", "device", "engine", "log", "store", "checkpoint", "rollout.episodes",
-              "rollout.engine_requests", "rollout.retries", "rollout.deadlines")  # fmt: skip
+              "rollout.engine_requests", "rollout.retries", "rollout.deadlines", "chaos")  # fmt: skip
 _STEPS = re.compile(r"stages\.(\d+)\.steps")
 
 

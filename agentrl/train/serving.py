@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
+from agentrl.chaos import Chaos, Unreliable
 from agentrl.config import Config
 from agentrl.engines import Engine
 from agentrl.engines.install import python_of
@@ -31,16 +34,18 @@ from agentrl.train.probe import Probe
 Tell = Callable[[str], None]
 
 
-async def open_engine(config: Config, policy: Policy, folder: Path | None, tell: Tell) -> Engine:
+async def open_engine(
+    config: Config, policy: Policy, folder: Path | None, tell: Tell, chaos: Chaos | None = None
+) -> Engine:
     """The engine that the configuration names, serving the policy's weights as its present version.
 
     `folder` takes servers' logs and what is written for them; None: a temporary one. Raises `UsageError` for servers
     that cannot serve this policy, `InfraError` where they do not start.
     """
     engine = (
-        _local(config, policy, config.engine)
+        _local(config, policy, config.engine, chaos)
         if isinstance(config.engine, LocalOptions)
-        else await _served(config, policy, config.engine, folder, tell)
+        else await _served(config, policy, config.engine, folder, tell, chaos)
     )
     try:
         most = engine.capabilities.max_context
@@ -93,25 +98,29 @@ def _device(options: LaunchOptions) -> Device:
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
-def _local(config: Config, policy: Policy, options: LocalOptions) -> LocalEngine:
+def _local(config: Config, policy: Policy, options: LocalOptions, chaos: Chaos | None) -> Engine:
     """With its own copy of the policy's weights."""
-    return LocalEngine(
+    engine = LocalEngine(
         policy.model_for_engine(),
         rows=options.rows,
         max_context=options.max_context,
         deterministic=config.deterministic,
         device=device_of(config),
     )
+    if chaos is None:
+        return engine
+    chaos.kill = lambda _: engine.crash("chaos: the engine was killed")
+    return Unreliable.over(engine, chaos)
 
 
 async def _served(
-    config: Config, policy: Policy, options: ServerOptions, folder: Path | None, tell: Tell
+    config: Config, policy: Policy, options: ServerOptions, folder: Path | None, tell: Tell, chaos: Chaos | None
 ) -> RemoteEngine:
     place = _place(folder)
     posts: list[Post] = []
     engine: RemoteEngine | None = None
     try:
-        posts = await _posts(config, policy, options, place, tell)
+        posts = await _posts(config, policy, options, place, tell, chaos)
         engine = await RemoteEngine.connect(
             [post.server for post in posts],
             vocab=int(policy.base.config.vocab_size),
@@ -123,6 +132,8 @@ async def _served(
         await asyncio.shield(_end(posts, place, folder))
         raise
     restarts = options.launch.restarts if options.launch is not None else 0
+    if chaos is not None:
+        _arm(chaos, posts)
     keeper = Keeper(engine, posts, tell, patience=options.patience, restarts=restarts)
 
     async def end() -> None:
@@ -133,13 +144,15 @@ async def _served(
     return engine
 
 
-async def _posts(config: Config, policy: Policy, options: ServerOptions, place: Path, tell: Tell) -> list[Post]:
+async def _posts(
+    config: Config, policy: Policy, options: ServerOptions, place: Path, tell: Tell, chaos: Chaos | None
+) -> list[Post]:
     """The servers: those that are named, or new ones of this machine."""
     kind: Literal["sglang", "vllm"] = options.type  # type: ignore[attr-defined]
 
     def client(url: str) -> ModelServer:
         made = SGLangServer if kind == "sglang" else VLLMServer
-        return made(url, top_logprobs=options.top_logprobs, api_key=options.api_key)
+        return made(url, top_logprobs=options.top_logprobs, api_key=options.api_key, chaos=chaos)
 
     if options.launch is None:
         return [Post(client(url)) for url in options.urls]
@@ -171,6 +184,20 @@ async def _posts(config: Config, policy: Policy, options: ServerOptions, place: 
     return [Post(client(process.launch.url), process) for process in processes]
 
 
+def _arm(chaos: Chaos, posts: Sequence[Post]) -> None:
+    """Let chaos strike the servers that were started here."""
+
+    def strike(signal_: signal.Signals) -> Callable[[np.random.Generator], None]:
+        def struck(rng: np.random.Generator) -> None:
+            process = posts[int(rng.integers(len(posts)))].process
+            if process is not None:
+                process.strike(signal_)
+
+        return struck
+
+    chaos.kill, chaos.hang = strike(signal.SIGKILL), strike(signal.SIGSTOP)
+
+
 def _place(folder: Path | None) -> Path:
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="agentrl-engine-"))
@@ -179,7 +206,7 @@ def _place(folder: Path | None) -> Path:
     return place
 
 
-async def _end(posts: list[Post] | tuple[()], place: Path, folder: Path | None) -> None:
+async def _end(posts: Sequence[Post], place: Path, folder: Path | None) -> None:
     """End what was started, and remove what was written for servers but their logs."""
     await asyncio.gather(*(post.process.stop() for post in posts if post.process is not None))
     for unneeded in (place,) if folder is None else (place / "model", place / "weights"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,8 @@ import transformers
 from agentrl.engines import Generation, Request
 from agentrl.engines.local import LocalEngine
 from agentrl.trajectory import Sampling, as_ids
+
+sys.path.insert(0, str(Path(__file__).parent))  # importlib mode adds no path: the tests import `shaky`
 
 VOCAB = 97
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {

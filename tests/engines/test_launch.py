@@ -76,7 +76,7 @@ def test_a_server_that_dies_says_its_last_words(tmp_path: Path) -> None:
     async def life() -> None:
         server = ServerProcess.start(launch, tmp_path / "server.log")
         with pytest.raises(
-            InfraError, match=r"ended with code 1: ValueError: no such model: x \(the whole log: .*server.log\)"
+            InfraError, match=r"it ended with code 1: ValueError: no such model: x \(the whole log: .*server.log\)"
         ):
             await server.ready(30)
         await server.stop()

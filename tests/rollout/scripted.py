@@ -37,6 +37,7 @@ class ScriptedEngine:
         self.held: set[str] = set()
         self.aborted: list[str | None] = []
         self.forced: list[Request] = []
+        self.away: str | None = None
 
     async def generate(self, request: Request) -> Generation:
         self.held.add(request.session)
@@ -65,6 +66,13 @@ class ScriptedEngine:
 
     async def abort(self, session: str | None = None) -> None:
         self.aborted.append(session)
+
+    def where(self, session: str) -> str:
+        return "the script"
+
+    @property
+    def trouble(self) -> str | None:
+        return self.away
 
 
 class Door(Env):

@@ -210,6 +210,27 @@ def test_deadlines_end_turns_and_the_episode_is_scored() -> None:
     assert scene.engine.aborted == [trajectory.id]
 
 
+def test_an_engine_that_is_away_is_no_policy_that_is_slow() -> None:
+    """A turn that nobody was there to sample is tried again, and then missing: it is not scored."""
+
+    async def never(request: Request, turn: int) -> str:
+        await asyncio.sleep(30)
+        return "key"
+
+    async def main() -> Trajectory:
+        deadlines = Deadlines().model_copy(update={"turn": 0.1, "watchdog": 0.04})
+        scene = Scene(never, deadlines=deadlines)
+        scene.engine.away = "http://one: it ended with code -9"
+        (group,) = await scene.play()
+        assert len(scene.engine.aborted) == 3, "one try and two more"
+        assert "turn 0: generating by the script" in scene.told.stuck_texts[0]
+        return group.members[0].trajectory
+
+    trajectory = asyncio.run(main())
+    assert str(trajectory.outcome) == "failed(infra)" and "it ended with code -9" in trajectory.outcome.detail
+    assert trajectory.reward is None
+
+
 def test_nothing_waits_in_lock_step() -> None:
     """Episode 1 may only go on after episode 0 is wholly done: in lock-step rounds this would never end."""
 

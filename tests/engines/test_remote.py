@@ -1,0 +1,216 @@
+"""What becomes of requests and weights when servers break, hang, lie, and come back."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shaky import VOCAB, Shaky
+
+from agentrl.engines import Generation, Request, remote
+from agentrl.engines.http import Refused
+from agentrl.engines.keeper import Keeper, Post
+from agentrl.engines.remote import RemoteEngine
+from agentrl.errors import InfraError, RunFailed, UsageError
+from agentrl.trajectory import Sampling, as_floats, as_ids
+
+WEIGHTS = {"w": torch.zeros(2)}
+
+
+def run(n: int, work: Callable[[RemoteEngine, list[Shaky]], Coroutine[Any, Any, None]]) -> None:
+    async def main() -> None:
+        servers = [Shaky(port) for port in range(1, n + 1)]
+        engine = await RemoteEngine.connect(servers, vocab=VOCAB)
+        try:
+            await work(engine, servers)
+        finally:
+            await engine.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE_SECONDS", 0.01)
+
+
+def request(session: str = "g/0", group: str = "g") -> Request:
+    return Request(as_ids([1, 2, 3]), Sampling(), session, group)
+
+
+def raises(error: Exception) -> Callable[[], None]:
+    def broken() -> None:
+        raise error
+
+    return broken
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InfraError("broke off"), Refused("http://x", "/generate", 500, "oops"), Refused("http://x", "/generate", 429, "")],
+)
+def test_a_request_that_breaks_is_asked_again(error: Exception) -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        (server,) = servers
+        left = [error, error]
+
+        def twice() -> None:
+            if left:
+                raise left.pop()
+
+        server.breaks = twice
+        reply = await engine.generate(request())
+        assert reply.ids.tolist() == [1] and not left
+        assert engine.stats.requests == 1, "asked three times, counted once"
+        server.breaks = raises(error)
+        with pytest.raises(InfraError):
+            await engine.generate(request())
+        assert not engine._rids and engine._routes.running[server] == 0
+
+    run(1, work)
+
+
+def test_what_a_server_refuses_for_good_is_not_asked_again() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        calls = []
+
+        def no() -> None:
+            calls.append(1)
+            raise Refused("http://x", "/generate", 400, "too long")
+
+        servers[0].breaks = no
+        with pytest.raises(InfraError, match="too long"):
+            await engine.generate(request())
+        assert len(calls) == 1
+
+    run(1, work)
+
+
+def test_an_abort_that_nobody_asked_for_is_no_answer() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        first = [Generation(as_ids([]), as_floats([]), "abort", ())]
+
+        async def aborts() -> Generation | None:
+            return first.pop() if first else None
+
+        servers[0].breaks = aborts
+        assert (await engine.generate(request())).finish == "stop"
+
+    run(1, work)
+
+
+def test_a_lost_server_gives_its_requests_to_another() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        async def hangs() -> None:
+            await asyncio.sleep(60)
+
+        for server in servers:
+            server.breaks = hangs
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.01)
+        home = next(server for server in servers if engine._routes.running[server])
+        (other,) = (server for server in servers if server is not home)
+        other.breaks = lambda: None
+        assert engine.where("g/0") == home.name
+        engine.lose(home, "it hangs")
+        assert (await asked).ids.tolist() == [other.port]
+        assert (await engine.health())["down"] == {home.url: "it hangs"}
+
+    run(2, work)
+
+
+def test_without_a_server_requests_wait_and_the_returned_one_has_the_newest_weights() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        (server,) = servers
+        await engine.update_weights(WEIGHTS, 1)
+        engine.lose(server, "killed")
+        assert engine.trouble == "http://127.0.0.1:1: killed"
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await engine.update_weights(WEIGHTS, 2)
+        assert server.version == 1 and not asked.done()
+        server.version = -1  # as started again
+        await engine.regain(server)
+        reply = await asked
+        assert [run.version for run in reply.versions] == [2] and engine.trouble is None
+        assert server.steps[-3:] == ["pause", "load 2", "resume"]
+
+    run(1, work)
+
+
+def test_a_server_that_breaks_in_an_update_is_lost_and_the_others_have_it() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        servers[0].dead = True
+        await engine.update_weights(WEIGHTS, 5)
+        assert servers[1].version == 5 and engine._routes.up == [servers[1]]
+        assert (await engine.generate(request())).ids.tolist() == [2]
+
+    run(2, work)
+
+
+def test_a_cancelled_caller_aborts_its_request_by_id() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        async def hangs() -> None:
+            await asyncio.sleep(60)
+
+        servers[0].breaks = hangs
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.01)
+        (rid,) = engine._rids["g/0"]
+        asked.cancel()
+        await asyncio.wait({asked})
+        assert asked.cancelled() and servers[0].aborted == [rid]
+        assert not engine._calls[servers[0]] and not engine._rids
+
+    run(1, work)
+
+
+def test_nothing_comes_back_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.05)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        engine.lose(servers[0], "gone")
+        with pytest.raises(RunFailed, match="gone"):
+            await engine.generate(request())
+
+    run(1, work)
+
+
+def test_ids_that_the_model_lacks_are_never_sent() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        for bad in (VOCAB, 2_000_000_000):
+            with pytest.raises(UsageError, match="outside the vocabulary"):
+                await engine.generate(Request(as_ids([1, bad]), Sampling(), "s"))
+        assert not servers[0].served
+
+    run(1, work)
+
+
+def test_a_keeper_finds_what_died_and_brings_it_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("agentrl.engines.keeper.LOOK_SECONDS", 0.02)
+    monkeypatch.setattr("agentrl.engines.keeper.FIRST_PAUSE", 0.01)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        told: list[str] = []
+        heard = asyncio.Event()
+        (server,) = servers
+
+        def tell(text: str) -> None:
+            told.append(text)
+            heard.set()
+
+        await engine.update_weights(WEIGHTS, 3)
+        keeper = Keeper(engine, [Post(server)], tell, patience=0.05, restarts=0)
+        server.dead, server.version = True, -1
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await heard.wait()
+        assert engine.trouble is not None and not asked.done()
+        server.dead = False
+        assert [run.version for run in (await asked).versions] == [3]
+        await keeper.close()
+        assert "is lost: no sign of life" in told[0] and "is back after" in told[1]
+
+    run(1, work)
