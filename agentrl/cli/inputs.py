@@ -69,6 +69,14 @@ def setting(key: str, value: object) -> str:
     return f"{key}={json.dumps(str(value) if isinstance(value, Path) else value)}"
 
 
+def chaos(text: str | None) -> list[str]:
+    """The overrides that `--chaos tools=0.05,kill_every=200` stands for. Raises `UsageError` for anything else."""
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if text is not None and not (parts and all("=" in part for part in parts)):
+        raise UsageError(f"--chaos takes what to break and how often, such as tools=0.05,kill_every=200, not {text!r}")
+    return [f"chaos.{part}" for part in parts]
+
+
 @contextmanager
 def located(loaded: Loaded[Any]) -> Iterator[None]:
     """Give an error that names a key of the configuration the place where that key was set."""

@@ -18,6 +18,7 @@ def rollout(
     out: Path,
     checkpoint: str | None = None,
     n: Annotated[int, Parameter(name=("--tasks", "-n"))] = 16,
+    chaos: str | None = None,
     json: inputs.Flag = False,
 ) -> None:
     """Play episodes with the policy of a run or a configuration and record them, without training.
@@ -29,11 +30,12 @@ def rollout(
         out: the folder to record into; it must be new or empty.
         checkpoint: which checkpoint of the run: best, last, or a checkpoint's folder. Default: best.
         n: how many tasks to play.
+        chaos: break things on purpose, such as tools=0.05,kill_every=500 (the keys of the section chaos).
         json: print one JSON object an event.
     """
     if n < 1:
         raise UsageError(f"--tasks must be at least 1, not {n}")
-    loaded = inputs.load(words, verb="rollout")
+    loaded = inputs.load(words, verb="rollout", extra=inputs.chaos(chaos))
     folder = inputs.Given.of(words).run_folder
     if checkpoint is not None and folder is None:
         raise UsageError("--checkpoint belongs to a run; name a run folder")
@@ -45,7 +47,7 @@ def rollout(
         with inputs.located(loaded):
             api.rollout(
                 folder or loaded,
-                overrides=inputs.Given.of(words).overrides if folder else (),
+                overrides=(*inputs.Given.of(words).overrides, *inputs.chaos(chaos)) if folder else (),
                 checkpoint=checkpoint,
                 n=n,
                 out=out,

@@ -16,6 +16,7 @@ def train(
     resume: inputs.Flag = False,
     dry_run: inputs.Flag = False,
     out: Path | None = None,
+    chaos: str | None = None,
     json: inputs.Flag = False,
 ) -> None:
     """Train a policy as a configuration says.
@@ -27,6 +28,7 @@ def train(
         resume: go on with the run of this name (or the run folder that is named) where it stopped.
         dry_run: resolve and check everything, print the plan, train nothing.
         out: the folder that holds run folders; the same as out=DIR.
+        chaos: break things on purpose, such as tools=0.05,kill_every=500 (the keys of the section chaos).
         json: print one JSON object an event instead of the live view.
     """
     folder = inputs.Given.of(words).run_folder
@@ -37,7 +39,7 @@ def train(
         extra = [inputs.setting("out", folder.absolute().parent), inputs.setting("name", folder.absolute().name)]
     else:
         extra = [inputs.setting("out", out)] if out is not None else []
-    loaded = inputs.load(words, verb="train", extra=extra)
+    loaded = inputs.load(words, verb="train", extra=[*extra, *inputs.chaos(chaos)])
     tune()
     from agentrl import api
 
