@@ -21,7 +21,7 @@ from agentrl.algo.sampler import TaskDraw, TaskStream
 from agentrl.algo.state import StateStore
 from agentrl.engines import Engine
 from agentrl.errors import RunFailed
-from agentrl.rollout.manager import Recorded
+from agentrl.rollout.play import Recorded
 from agentrl.rollout.seeds import seed_of
 from agentrl.train.optim import Optimizer
 from agentrl.train.parts import policy_actor

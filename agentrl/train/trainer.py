@@ -21,7 +21,7 @@ from agentrl.console import Reporter
 from agentrl.env import tasks_of
 from agentrl.errors import UsageError
 from agentrl.metrics import Metrics, Summary
-from agentrl.rollout.manager import Recorded
+from agentrl.rollout.play import Recorded
 from agentrl.rollout.seeds import seed_of
 from agentrl.store import RunFolder, StoreReader, StoreWriter
 from agentrl.store.run import versions
