@@ -59,7 +59,6 @@ class TaskStream:
         while self.position < position:
             self.take(min(1024, position - self.position))
 
-
     def find(self, ids: Collection[str]) -> dict[str, Task]:
         """The tasks of these ids among those taken so far. Raises `UsageError` for an id that is not there."""
         missing, found = set(ids), dict[str, Task]()

@@ -171,5 +171,3 @@ class GroupStream:
 def _first(error: BaseException) -> BaseException:
     """The first error of a group of tasks: its siblings were cancelled because of it."""
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
-
-
