@@ -81,7 +81,7 @@ class RolloutBehaviour(BehaviourModel):
 
 
 class OldBehaviour(BehaviourModel):
-    """The trainer's recomputed log-probs (annotator `old_logprobs`), with staleness and the engine's mismatch corrected.
+    """The trainer's recomputed log-probs (annotator `old_logprobs`); staleness and engine mismatch are corrected.
 
     correction "tis": weight min(w, cap); "mis": masked where w is outside [low, cap]. w is pi_old / pi_rollout of the
     token at level "token"; at level "sequence" it is the product over the trajectory's sampled tokens, and all of

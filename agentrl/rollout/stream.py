@@ -10,7 +10,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from agentrl.algo.sampler import TaskDraw
 from agentrl.context import AppendOnly, ContextPolicy
@@ -126,11 +126,10 @@ class GroupStream:
     async def close(self, *, unwanted: bool = False) -> None:
         """End what is at play and release what it holds. Its turns stay in the record for a resumed run, unless
         they are `unwanted`. Idempotent."""
-        if self._watchdog is not None:
-            self._watchdog.cancel()
-        left = list(self.flying)
+        for flight in self.flying.values():
+            flight.play.unwanted = unwanted
+        left: list[asyncio.Task[Any]] = [*self.flying, *([self._watchdog] if self._watchdog else [])]
         for task in left:
-            self.flying[task].play.unwanted = unwanted
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
 
