@@ -34,7 +34,9 @@ def turn(*runs: tuple[int, int], logprob: float = -1.0) -> Turn:
     for version, n in runs:
         versions.append(VersionRun(version, at, at + n))
         at += n
-    span = Span(as_ids(range(at)), "assistant", "sampled", "policy", as_floats([logprob] * at), versions=tuple(versions))
+    span = Span(
+        as_ids(range(at)), "assistant", "sampled", "policy", as_floats([logprob] * at), versions=tuple(versions)
+    )
     return Turn((), (span,), "", "", Sampling(), "stop")
 
 

@@ -235,7 +235,9 @@ def report(folder: Path, given: argparse.Namespace) -> None:
         )
     successes = {mode: interval([row[mode]["success"] for row in rows]) for mode in ("sync", "async")}
     gaps = interval([row["async"]["success"] - row["sync"]["success"] for row in rows])
-    table = Table(title=f"{given.steps} updates of {given.prompts} x {given.samples} episodes, {given.max_staleness=}")
+    table = Table(
+        title=f"{given.steps} updates of {given.prompts} x {given.samples} episodes, max_staleness {given.max_staleness}"
+    )
     for column in ("seed", "sync s", "async s", "ratio", "simulated s", "predicted", "share of gain", "success, 95 %"):
         table.add_column(column, justify="right")
     for row in rows:
