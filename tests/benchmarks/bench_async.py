@@ -11,7 +11,7 @@ calls that the episodes of the synchronous run made, and that run's median secon
 update: what no implementation could beat without a faster engine or trainer. The share of the gain is
 (measured ratio - 1) / (predicted ratio - 1).
 
-    python tests/benchmarks/bench_async.py [--steps 40] [--seeds 0 1 2] [--max-staleness 2] [--json OUT] [--keep FOLDER]
+    python tests/benchmarks/bench_async.py [--steps 30] [--seeds 0 1 2] [--max-staleness 2] [--json OUT] [--keep FOLDER]
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--tasks", type=int, default=512, help="held-out tasks")

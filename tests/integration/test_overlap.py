@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import runpy
 import signal
 import subprocess
 import sys
@@ -293,3 +294,14 @@ def check_whole(run: Path, *, steps: int, bound: int) -> None:
 def _first_tasks(run: Path, n: int) -> list[str]:
     loaded = config_of(run / "config.resolved.yaml")
     return [task.id for task in take(make_env(loaded), n, seed=loaded.seed)]
+
+
+def test_the_benchmarks_simulation_takes_groups_as_the_supply_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    benchmarks = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(str(benchmarks))
+    simulate = runpy.run_path(str(benchmarks / "bench_async.py"))["simulate"]
+    groups = [[1.0, 5.0], [1.0, 1.0], [1.0, 1.0]]
+    assert simulate(groups, 1.0, 0) == (5 + 1) + (1 + 1) + (1 + 1)
+    # update 0 at 1 s takes what has finished; the slow group is due at update 1, at 5 s; batch 2 waits since 3 s
+    assert simulate(groups, 1.0, 1) == 7.0
+    assert simulate(groups, 1.0, 2) == 6.0  # only the last update waits for the slow group
