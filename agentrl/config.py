@@ -134,6 +134,16 @@ class Config(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     chaos: ChaosOptions | None = None
 
+    @model_validator(mode="after")
+    def _settled(self) -> Config:
+        for stage in self.stages:
+            if self.deterministic and isinstance(stage, RLStage) and stage.max_staleness:
+                raise ValueError(
+                    f"deterministic: true with max_staleness {stage.max_staleness} cannot be: which weights sample "
+                    "which token then hangs on timing; set max_staleness: 0, or deterministic: false"
+                )
+        return self
+
 
 def prepare(imports: Sequence[str] = ()) -> type[Config]:
     """Register the recipes and the modules in `imports` (files or module names), and return `Config`

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from agentrl.algo.component import Component
 from agentrl.errors import UsageError
@@ -66,6 +66,10 @@ class BehaviourModel(Component):
         """(log-probs, correction weights or None = ones), one array per turn, [n_sampled]."""
         raise NotImplementedError
 
+    def report(self, correction: Floats) -> dict[str, float]:
+        """What the correction weights of an update [m] did, as metrics; nothing where there is no correction."""
+        return {}
+
 
 class RolloutBehaviour(BehaviourModel):
     """The engine's own log-probs: the ratio holds staleness and engine mismatch at once."""
@@ -77,15 +81,24 @@ class RolloutBehaviour(BehaviourModel):
 
 
 class OldBehaviour(BehaviourModel):
-    """The trainer's recomputed log-probs (annotator `old_logprobs`), with the engine's mismatch corrected.
+    """The trainer's recomputed log-probs (annotator `old_logprobs`); staleness and engine mismatch are corrected.
 
-    correction "tis": weight min(pi_old / pi_rollout, cap); "mis": tokens outside [low, cap] are masked.
+    correction "tis": weight min(w, cap); "mis": masked where w is outside [low, cap]. w is pi_old / pi_rollout of the
+    token at level "token"; at level "sequence" it is the product over the trajectory's sampled tokens, and all of
+    them are weighted or masked together.
     """
 
     type: Literal["old"] = "old"
     correction: Literal["none", "tis", "mis"] = "none"
+    level: Literal["token", "sequence"] = "token"
     cap: float = Field(default=2.0, gt=0)
     low: float = Field(default=0.5, ge=0)
+
+    @model_validator(mode="after")
+    def _used(self) -> OldBehaviour:
+        if self.level != "token" and self.correction == "none":
+            raise ValueError("level does nothing without a correction; set correction: tis or mis")
+        return self
 
     def denominator(self, member: Member) -> tuple[list[Floats], list[Floats] | None]:
         if "old" not in member.arrays:
@@ -93,8 +106,24 @@ class OldBehaviour(BehaviourModel):
         old = member.arrays["old"]
         if self.correction == "none":
             return old, None
-        ratios = [np.exp(a - turn.logprobs) for a, turn in zip(old, member.trajectory.turns, strict=True)]
+        logs = [a - turn.logprobs for a, turn in zip(old, member.trajectory.turns, strict=True)]
+        ratios = [np.exp(values) for values in logs] if self.level == "token" else sequence_ratios(logs)
         return old, [importance_weights(r, self.correction, self.low, self.cap) for r in ratios]
+
+    def report(self, correction: Floats) -> dict[str, float]:
+        if self.correction == "none" or not correction.size:
+            return {}
+        mean = {"correction/mean_weight": float(correction.mean(dtype=np.float64))}
+        if self.correction == "tis":
+            return mean | {"correction/truncated": float((correction >= np.float32(self.cap)).mean())}
+        return mean | {"correction/masked": float((correction == 0).mean())}
+
+
+def sequence_ratios(logs: Sequence[Floats]) -> list[Floats]:
+    """The product of all ratios whose logarithms are given, at every token: arrays of the shapes of `logs`."""
+    total = sum(float(values.sum(dtype=np.float64)) for values in logs)
+    product = np.float32(np.exp(np.clip(total, -_LOG_RATIO_BOUND, _LOG_RATIO_BOUND)))
+    return [np.full(values.shape, product, dtype=np.float32) for values in logs]
 
 
 def importance_weights(ratios: Floats, kind: Literal["tis", "mis"], low: float, cap: float) -> Floats:

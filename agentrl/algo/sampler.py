@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -16,13 +16,15 @@ from agentrl.trajectory import Group
 @dataclass(frozen=True, slots=True)
 class TaskDraw:
     """One task drawn for one step, with the number of samples its group may spend. `index` is its
-    place in the step (the same task may be drawn twice); `options` is what a sampler tells a strategy."""
+    place in the step (the same task may be drawn twice); `options` is what a sampler tells a strategy. `place`
+    is kept where a draw outlived its process: see `Flight`."""
 
     task: Task
     samples: int
     step: int = 0
     index: int = 0
     options: dict[str, Any] = field(default_factory=dict)
+    place: tuple[int, int] | None = None
 
 
 class TaskStream:
@@ -56,6 +58,24 @@ class TaskStream:
         self.position = 0
         while self.position < position:
             self.take(min(1024, position - self.position))
+
+    def find(self, ids: Collection[str]) -> dict[str, Task]:
+        """The tasks of these ids among those taken so far. Raises `UsageError` for an id that is not there."""
+        missing, found = set(ids), dict[str, Task]()
+        tasks = iter(self._make())
+        for _ in range(self.position if missing else 0):
+            task = next(tasks, None)
+            if task is None or not missing:
+                break
+            if task.id in missing:
+                found[task.id] = task
+                missing.discard(task.id)
+        if missing:
+            raise UsageError(
+                f"the task {min(missing)!r} was drawn before the run stopped, and the environment does not yield it "
+                "any more; let tasks() yield the same tasks for the same seed"
+            )
+        return found
 
 
 class TaskSampler(Component):

@@ -201,6 +201,8 @@ class _PolicyConversation(_TokenConversation):
             except asyncio.CancelledError:
                 await actor.engine.abort(self._session)
                 raise
+            if recorded is not None:  # the weights may be newer by now: log-probs stay those it was sampled with
+                reply = _recorded_reply(recorded)
         parsed = self._dialogue.parse(reply.ids)
         span = Span(
             reply.ids,

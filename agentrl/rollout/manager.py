@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
-
-import numpy as np
 
 from agentrl.algo.sampler import TaskDraw
 from agentrl.content import Image
-from agentrl.context import AppendOnly, ContextPolicy
+from agentrl.context import ContextPolicy
 from agentrl.env import Env
 from agentrl.errors import RunFailed
 from agentrl.host import Host
 from agentrl.rollout.actors import Actor, Expert
 from agentrl.rollout.deadlines import Deadlines
 from agentrl.rollout.episode import Hooks, Limits, LiveEpisode
+from agentrl.rollout.places import Places
+from agentrl.rollout.play import Play, Recorded, Tally
 from agentrl.rollout.seeds import seed_of
 from agentrl.rollout.strategy import RolloutStrategy
+from agentrl.rollout.stream import GroupStream
 from agentrl.store.key import EpisodeKey
-from agentrl.trajectory import Group, Member, Trajectory, Turn
+from agentrl.trajectory import Group, Trajectory, Turn
 
 ENV_FAILURES = 0.01  # more broken episodes than this share stop the run
 PROGRESS_SECONDS = 0.2
@@ -71,14 +71,6 @@ class RolloutLimits:
     deadlines: Deadlines = field(default_factory=Deadlines)
 
 
-@dataclass(slots=True)
-class Recorded:
-    """What a killed run left of a step: finished episodes, and the turns of those in flight."""
-
-    finished: Mapping[str, Trajectory] = field(default_factory=dict)
-    inflight: Mapping[str, Sequence[Turn]] = field(default_factory=dict)
-
-
 class RolloutManager:
     """Plays draws with one environment and one actor. An object without globals: it may live anywhere."""
 
@@ -100,9 +92,8 @@ class RolloutManager:
         self.episodes = 0
         self.env_failures = 0
         self._schemas = self.env.tool_schemas()
-        self._moment: tuple[str, int, str] | None = None
-        self._drawn: Counter[str] = Counter()
-        self._samples: Counter[str] = Counter()
+        self.places = Places(limits.episodes)  # of all streams together
+        self._named: set[tuple[str, str, int]] = set()
 
     async def run(
         self,
@@ -121,26 +112,10 @@ class RolloutManager:
         Raises `RunFailed` when too many episodes broke in the environment. Cancelling cancels every
         episode and releases what it holds.
         """
-        samples = max((draw.samples for draw in draws), default=1)
-        # A forking strategy holds a whole group of episodes, so it is admitted by groups: admitting its
-        # episodes one by one could leave every group waiting for the last places of the others.
-        groups = max(1, self.limits.episodes // samples) if strategy.needs_fork else len(draws)
-        admitted = asyncio.Semaphore(max(1, groups))
-        batch = _Batch(stage, sum(draw.samples for draw in draws), asyncio.Semaphore(self.limits.episodes))
-        setting = Setting(stage, split, actor, context or AppendOnly(), attempt, recorded or Recorded())
-        plays = [Play(self, draw, setting, batch, self._key(draw, setting)) for draw in draws]
-        watchdog = asyncio.create_task(self._watch(), name="watchdog")
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(_admit(admitted, strategy, play)) for play in plays]
-        except BaseExceptionGroup as errors:
-            raise _first(errors) from errors
-        finally:
-            watchdog.cancel()
-            await self._release(plays)
-        if self.watcher is not None:
-            self.watcher.progress(stage, batch.done, batch.total, self.waits())
-        return [task.result() for task in running]
+        async with GroupStream(self, stage=stage, split=split, attempt=attempt, recorded=recorded) as stream:
+            flights = stream.submit(draws, actor, strategy=strategy, context=context)
+            await stream.until(lambda: not stream.flying)
+            return stream.take(flights)
 
     def waits(self) -> dict[str, float]:
         """How many live episodes wait for what: generating, tools, and the rest."""
@@ -150,10 +125,10 @@ class RolloutManager:
             counts[kind if episode.doing.startswith(("generating", "running")) else "other"] += 1
         return counts
 
-    # -- for Play ------------------------------------------------------------------------------
+    # -- for streams and plays ------------------------------------------------------------------------------
 
-    async def begin(self, play: Play, key: EpisodeKey) -> LiveEpisode:
-        """An opened episode."""
+    def make(self, play: Play, key: EpisodeKey) -> LiveEpisode:
+        """An episode of `play`, not opened yet."""
         draw, actor = play.draw, play.setting.actor
         stream = (self.seed, key.id)
         host_seed = seed_of(*stream, "env")
@@ -168,7 +143,7 @@ class RolloutManager:
         expert = None
         if actor.source == "demo":
             expert = Expert(self.env, draw.task, (host_seed,), (seed_of(*stream, "expert"),))
-        episode = LiveEpisode(
+        return LiveEpisode(
             key=key,
             group=play.group_id,
             task=draw.task,
@@ -190,34 +165,11 @@ class RolloutManager:
             source=actor.source,
             recorded=play.setting.recorded.inflight.get(key.id, ()),
         )
-        self.live[key.id] = episode
-        await episode.open()
-        return episode
 
-    def _key(self, draw: TaskDraw, setting: Setting) -> tuple[EpisodeKey, str]:
-        """The key of a draw's first sample, and its group's id. A task drawn again in the same step
-        (a small task set, a refill) counts its samples on and gets a group of its own."""
-        moment = (setting.stage, draw.step, setting.split)
-        if moment != self._moment:
-            self._moment = moment
-            self._drawn.clear()
-            self._samples.clear()
-        task = draw.task.id
-        first = EpisodeKey(setting.stage, draw.step, setting.split, task, self._samples[task], (), setting.attempt)
-        again = self._drawn[task]
-        self._drawn[task] += 1
-        self._samples[task] += draw.samples
-        return first, first.group_id + (f"~{again}" if again else "")
-
-    def forget(self, episode: LiveEpisode, trajectory: Trajectory, batch: _Batch) -> None:
-        """An episode is over: count it, and stop the run if the environment is broken."""
-        self.live.pop(episode.id, None)
-        self.count(trajectory, batch)
-
-    def count(self, trajectory: Trajectory, batch: _Batch) -> None:
+    def count(self, trajectory: Trajectory, tally: Tally) -> None:
         """Count a finished episode; raises `RunFailed` when too many broke in the environment."""
         self.episodes += 1
-        batch.done += 1
+        tally.done += 1
         if trajectory.outcome.kind == "failed" and trajectory.outcome.why == "env":
             self.env_failures += 1
             if self.watcher is not None:
@@ -227,10 +179,14 @@ class RolloutManager:
                     f"{self.env_failures} of {self.episodes} episodes broke in the environment "
                     f"(last: {trajectory.outcome.detail}); run `agentrl env check` on it"
                 )
-        now = time.monotonic()
-        if self.watcher is not None and now - batch.told >= PROGRESS_SECONDS:
-            batch.told = now
-            self.watcher.progress(batch.stage, batch.done, batch.total, self.waits())
+        if time.monotonic() - tally.told >= PROGRESS_SECONDS:
+            self.tell(tally)
+
+    def tell(self, tally: Tally) -> None:
+        """Say how far a stream is."""
+        tally.told = time.monotonic()
+        if self.watcher is not None:
+            self.watcher.progress(tally.stage, tally.done, tally.total, self.waits())
 
     def _turn(self, episode: LiveEpisode, index: int, turn: Turn) -> None:
         if self.recorder is not None:
@@ -244,140 +200,18 @@ class RolloutManager:
         if self.watcher is not None:
             self.watcher.warn(f"{episode.id} turn {turn} does not replay ({what}); it goes on live from there")
 
-    async def _watch(self) -> None:
+    async def watch(self) -> None:
         """Name every episode that has waited longer than the watchdog allows for one thing, once each."""
         patience = self.limits.deadlines.watchdog
-        named: set[tuple[str, str, int]] = set()
         while True:
             await asyncio.sleep(patience / 4)
             now = time.monotonic()
+            self._named = {key for key in self._named if key[0] in self.live}
             for episode in list(self.live.values()):
                 key = (episode.id, episode.doing, len(episode.turns))
-                if now - episode.since > patience and key not in named and self.watcher is not None:
-                    named.add(key)
+                if now - episode.since > patience and key not in self._named and self.watcher is not None:
+                    self._named.add(key)
                     self.watcher.stuck(
                         f"episode {episode.id} (task {episode.task.id}) turn {len(episode.turns)}: "
                         f"{episode.waits_for} for {now - episode.since:.0f} s"
                     )
-
-    async def _release(self, plays: Sequence[Play]) -> None:
-        """Close what an error or a cancellation left open."""
-        left = list(self.live.values())
-        self.live.clear()
-        if left:
-            await asyncio.shield(asyncio.gather(*(episode.close() for episode in left), return_exceptions=True))
-
-
-@dataclass(slots=True)
-class _Batch:
-    """One call of `run`: what progress is counted against, and the places for episodes."""
-
-    stage: str
-    total: int
-    places: asyncio.Semaphore
-    done: int = 0
-    told: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What the draws of one `run` share."""
-
-    stage: str
-    split: str
-    actor: Actor
-    context: ContextPolicy
-    attempt: int
-    recorded: Recorded
-
-
-class Play:
-    """One draw's view of the manager: the primitives a strategy may use."""
-
-    def __init__(
-        self, manager: RolloutManager, draw: TaskDraw, setting: Setting, batch: _Batch, key: tuple[EpisodeKey, str]
-    ) -> None:
-        self.draw = draw
-        self.setting = setting
-        self._manager = manager
-        self._batch = batch
-        self._first, self.group_id = key
-
-    @property
-    def vocab_size(self) -> int:
-        """The policy's vocabulary: entropies are measured against its logarithm."""
-        return self.setting.actor.vocab_size
-
-    def rng(self, *keys: str | int) -> np.random.Generator:
-        """A random stream of the strategy's own, named by `keys`."""
-        return _rng(seed_of(self._manager.seed, self.group_id, "strategy", *keys))
-
-    def key(self, sample: int, retry: int = 0) -> EpisodeKey:
-        """The key of the draw's `sample`-th episode. Retries count as attempts of their own."""
-        attempt = self._first.attempt * (self._manager.limits.retries + 1) + retry
-        return replace(self._first, sample=self._first.sample + sample, attempt=attempt)
-
-    async def episode(self, sample: int) -> Trajectory:
-        """Play one episode from the prompt to its score. Infrastructure failures are tried again."""
-        stored = self.setting.recorded.finished.get(self.key(sample).id)
-        if stored is not None:
-            self._manager.count(stored, self._batch)
-            return stored
-        retries = self._manager.limits.retries
-        async with self._batch.places:
-            for retry in range(retries):
-                episode = await self._played(sample, retry)
-                if episode.outcome is None or episode.outcome.why != "infra":
-                    return await self.finish(episode)
-                await self._discard(episode)
-            return await self.finish(await self._played(sample, retries))
-
-    async def begin(self, sample: int, retry: int = 0) -> LiveEpisode:
-        """Open one episode for a strategy that steps it itself."""
-        return await self._manager.begin(self, self.key(sample, retry))
-
-    async def finish(self, episode: LiveEpisode) -> Trajectory:
-        """Score and freeze an episode that is over (or that the strategy gives up)."""
-        trajectory = await episode.finish()
-        self._manager.forget(episode, trajectory, self._batch)
-        return trajectory
-
-    async def fork(self, episode: LiveEpisode) -> LiveEpisode:
-        """Branch an episode between two turns."""
-        child = await episode.fork()
-        child.replay(self.setting.recorded.inflight.get(child.id, ()))
-        self._manager.live[child.id] = child
-        return child
-
-    def group(self, trajectories: Sequence[Trajectory]) -> Group:
-        """The draw's group."""
-        members = [Member(trajectory, trajectory.source) for trajectory in trajectories]
-        return Group(self.group_id, self.draw.task.id, members, self.draw.step, dict(self.draw.options))
-
-    async def _played(self, sample: int, retry: int) -> LiveEpisode:
-        episode = await self.begin(sample, retry)
-        while await episode.step() is not None:
-            pass
-        return episode
-
-    async def _discard(self, episode: LiveEpisode) -> None:
-        """Drop an episode whose infrastructure failed; it will be played again."""
-        await episode.close()
-        self._manager.live.pop(episode.id, None)
-        if self._manager.recorder is not None:
-            self._manager.recorder.forget(episode.key)
-
-
-async def _admit(places: asyncio.Semaphore, strategy: RolloutStrategy, play: Play) -> Group:
-    async with places:
-        return await strategy.run(play.draw, play)
-
-
-def _rng(seed: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence((seed,))))
-
-
-def _first(errors: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error of a group of tasks: its siblings were cancelled because of it."""
-    error: BaseException = errors.exceptions[0]
-    return _first(error) if isinstance(error, BaseExceptionGroup) else error

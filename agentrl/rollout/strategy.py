@@ -14,7 +14,7 @@ from agentrl.algo.sampler import TaskDraw
 from agentrl.trajectory import Group
 
 if TYPE_CHECKING:
-    from agentrl.rollout.manager import Play
+    from agentrl.rollout.play import Play
 
 
 class RolloutStrategy(Component):
@@ -35,4 +35,6 @@ class FlatRollouts(RolloutStrategy):
     type: Literal["flat"] = "flat"
 
     async def run(self, draw: TaskDraw, play: Play) -> Group:
-        return play.group(await asyncio.gather(*(play.episode(sample) for sample in range(draw.samples))))
+        async with asyncio.TaskGroup() as tasks:  # an error ends the siblings, too
+            running = [tasks.create_task(play.episode(sample)) for sample in range(draw.samples)]
+        return play.group([task.result() for task in running])

@@ -41,6 +41,7 @@ class Kind(IntEnum):
     PIECES = 5  # token id -> text, for ids not seen before in this run
     TURN = 6  # one turn of an episode in flight; lives in journals only
     FORGOTTEN = 7  # an episode in flight that will never finish; lives in journals only
+    REWIND = 8  # a resumed run went back to a step: the credit of that step and of later ones is void
 
 
 class DamagedFrame(AgentRLError, ValueError):

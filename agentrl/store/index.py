@@ -189,5 +189,10 @@ def insert(
     connection.executemany(INSERT_EXTENT, extents)
 
 
+def rewind(connection: sqlite3.Connection, stage: str, step: int) -> None:
+    """Forget the credit of `step` of `stage` and of what came after it, within the caller's transaction."""
+    connection.execute("DELETE FROM credit WHERE stage = ? AND step >= ?", (stage, step))
+
+
 def _remedy(path: Path) -> str:
     return f"agentrl index {path.parent} --rebuild"

@@ -40,6 +40,9 @@ def catch_up(connection: sqlite3.Connection, segment: Path, start: int = 0) -> i
             trajectories.append((*frame.meta, *place))
         elif frame.kind == Kind.CREDIT:
             credit.append((*frame.meta[: len(index.CREDIT_FACTS)], *place))
+        elif frame.kind == Kind.REWIND:
+            flush()
+            index.rewind(connection, *frame.meta)
         elif frame.kind == Kind.PIECES:
             pieces += pieces_of(segment, frame)
         if len(trajectories) + len(credit) >= _BATCH:

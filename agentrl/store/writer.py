@@ -30,6 +30,7 @@ from agentrl.trajectory import Group, Ids, Trajectory, Turn, as_ids
 
 Keep = Literal["all", "every_n", "last_k"]
 _EXTENSIONS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
+_MOMENTS = 1024  # (stage, step) pairs that are remembered; so many steps never overlap
 Pieces = Callable[[Ids], list[str]]
 
 
@@ -65,6 +66,7 @@ class StoreWriter:
         self._encoder = Encoder()
         self._stored: dict[int, Stored] = {}  # spans of the present step, by identity
         self._moment: tuple[str, int] | None = None
+        self._moments: list[tuple[str, int]] = []
         self._credit: list[tuple[Any, ...]] = []
         self._unsynced: list[Path] = []
         self._token_segment: Segment | None = None
@@ -127,7 +129,9 @@ class StoreWriter:
             if self._moment != (stage, step):
                 self._stored.clear()
                 self._moment = (stage, step)
-                self._roll_tokens()
+                if self._moment not in self._moments:  # where steps overlap, an earlier one's last episodes come late
+                    self._moments = [*self._moments, self._moment][-_MOMENTS:]
+                    self._roll_tokens()
             self._roll()
             batch = _Batch(self._segment.end, self._token_segment.end if self._token_segment else -1)
             try:
@@ -171,6 +175,19 @@ class StoreWriter:
                 os.close(fd)
             part.replace(path)
             self._unsynced.append(path)
+
+    def rewind(self, stage: str, step: int) -> None:
+        """The run goes on at `step` of `stage`: what it had credited there and later is credited anew."""
+        with self._lock, self._guard():
+            found = self._db.execute("SELECT 1 FROM credit WHERE stage = ? AND step >= ? LIMIT 1", (stage, step))
+            if found.fetchone() is None:
+                return
+            self._segment.append(self._encoder.frame(Kind.REWIND, (stage, step), b""))
+            self._segment.sync()
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                index.rewind(self._db, stage, step)
+                index.insert(self._db, extents=[(self._segment.name, self._segment.end)])
 
     def flush(self) -> None:
         """Acknowledge credit appended so far."""

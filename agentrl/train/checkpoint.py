@@ -35,6 +35,7 @@ class Progress:
     store: dict[str, dict[str, Any]] = field(default_factory=dict)
     evals: list[dict[str, Any]] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=dict)
+    ahead: dict[str, Any] = field(default_factory=dict)  # drawn and not trained yet: `Supply.state`
 
     def add_throughput(self, values: Mapping[str, float]) -> None:
         """Add one RL step's tokens, episodes and seconds to the totals."""

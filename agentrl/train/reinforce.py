@@ -8,6 +8,7 @@ sampler -> strategy(environment, context, engine) -> score -> annotators -> shap
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,22 +16,27 @@ from typing import Any, Literal
 
 import numpy as np
 
+from agentrl.algo import staleness
 from agentrl.algo.annotator import Forward
 from agentrl.algo.editor import GroupEditor
-from agentrl.algo.sampler import TaskDraw, TaskStream
 from agentrl.algo.state import StateStore
 from agentrl.engines import Engine
 from agentrl.errors import RunFailed
-from agentrl.rollout.manager import Recorded
+from agentrl.rollout.actors import PolicyActor
+from agentrl.rollout.play import Recorded
 from agentrl.rollout.seeds import seed_of
+from agentrl.rollout.stream import GroupStream
+from agentrl.store.shelf import Shelf
 from agentrl.train.optim import Optimizer
 from agentrl.train.parts import policy_actor
 from agentrl.train.session import Session
 from agentrl.train.stages import RLStage
+from agentrl.train.supply import Supply
 from agentrl.train.update import Objective, forward_members, update
 from agentrl.trajectory import Floats, Group, Member
 
-Rollout = Callable[[Sequence[TaskDraw]], Awaitable[list[Group]]]
+Rollout = Callable[[int], Awaitable[list[Group]]]
+"""Plays so many groups for the step: first its batch, then what editors ask for."""
 
 
 @dataclass(slots=True)
@@ -47,7 +53,10 @@ class Iteration:
 
 
 class ReinforceRunner:
-    """Takes one RL step at a time: play, credit, update, hand the weights over, record."""
+    """Takes one RL step at a time: play, credit, update, hand the weights over, record.
+
+    With `max_staleness` above 0 the groups of later steps are at play meanwhile (`supply`).
+    """
 
     def __init__(
         self,
@@ -64,42 +73,57 @@ class ReinforceRunner:
         self.optimizer = optimizer
         needed = any(annotator.needs_reference for annotator in stage.annotators)
         self.reference = session.policy.frozen_copy(reference) if needed else None
-        self._left_over = left_over
+        self._requests: contextlib.AbstractAsyncContextManager[Any] | None = None
+        self._shelf = Shelf(session.writer, stage=label)
+        self._stream = GroupStream(
+            session.manager,
+            stage=label,
+            attempt=session.attempt,
+            recorded=left_over,
+            keep=lambda draw, trajectory: self._shelf.put(draw.step, trajectory),
+        )
+        self.supply = Supply(
+            stage,
+            self._stream,
+            session.tasks,
+            session.store,
+            version=lambda: session.policy.version,
+            actor=self._actor,
+            start=session.progress.step,
+        )
 
     async def prepare(self) -> None:
-        """Nothing to do: the engine already speaks with the policy's weights."""
+        """What was drawn before a restart goes to play again; the engine already speaks with the policy's weights."""
+        session = self.session
+        session.writer.rewind(self.label, session.progress.step)
+        await self._stream.__aenter__()
+        if session.progress.ahead:
+            self.supply.restore(session.progress.ahead)
 
     async def step(self, step: int) -> dict[str, float]:
         """One iteration; returns its metrics."""
         session = self.session
         stage, scheduled = self.stage.at(step)
-        recorded, self._left_over = self._left_over, Recorded()
+        overlap = stage.max_staleness > 0
+        batch = True
 
-        async def rollout(draws: Sequence[TaskDraw]) -> list[Group]:
-            groups = await session.manager.run(
-                draws,
-                policy_actor(
-                    session.config,
-                    session.engine,
-                    session.chat,
-                    temperature=stage.temperature,
-                    top_p=stage.top_p,
-                    top_k=stage.top_k,
-                    max_tokens=stage.max_tokens,
-                ),
-                stage=self.label,
-                strategy=stage.strategy,
-                context=stage.context,
-                attempt=session.attempt,
-                recorded=recorded,
-            )
-            session.record(groups, stage=self.label, step=step, split="train", known=recorded)
+        async def rollout(n: int) -> list[Group]:
+            nonlocal batch
+            first, batch = batch, False
+            groups = await (self.supply.take(step) if first else self.supply.refill(step, n))
+            await self._shelf.settle()
             return groups
 
         counters = engine_counters(session.engine)
         begun = time.perf_counter()
         iteration = await iterate(
-            stage, step, session.tasks, session.store, rollout, self._forward(stage), seed=session.config.seed
+            stage,
+            step,
+            session.store,
+            rollout,
+            self._forward(stage),
+            seed=session.config.seed,
+            version=session.policy.version if overlap else None,
         )
         played = time.perf_counter()
         lr = self.optimizer.lr
@@ -119,22 +143,52 @@ class ReinforceRunner:
             session.writer.credit(group, step=step, stage=self.label)
         session.writer.flush()
         probed = await session.new_weights()
+        self.supply.trained(step)
         session.progress.tasks_taken = session.tasks.position
+        session.progress.ahead = self.supply.state() if step + 1 < self.stage.steps else {}
         done = time.perf_counter()
         values = metrics_of(iteration) | report.metrics
+        rolling = played - begun
+        if overlap:
+            rolling = done - begun  # episodes are at play all the time
+            values |= staleness.report(iteration.members, stage.max_staleness, stage.transforms)
+            values |= {"staleness/dropped_groups": float(len(self.supply.dropped)), "time/wait": self.supply.waited}
+            for lost in self.supply.dropped:
+                session.reporter.note(f"{lost} was dropped: it was still at play {stage.max_staleness} updates on")
         # What the engine had to compute is a matter of speed: a resumed run takes episodes over.
         values |= {f"speed/engine_{name}": v - counters[name] for name, v in engine_counters(session.engine).items()}
-        values["speed/episodes_s"] = values["episodes"] / (played - begun)
+        values["speed/episodes_s"] = values["episodes"] / rolling
         values |= {"gap/probe": probed, "lr": lr, "train_tokens": float(report.tokens)}
         values |= {f"schedule/{path}": value for path, value in scheduled.items()}
         for kit in session.env.kits:
             values |= kit.metrics()
-        values |= {"time/rollout": played - begun, "time/update": updated - played, "time/store": done - updated}
+        values |= {"time/rollout": rolling, "time/update": updated - played, "time/store": done - updated}
         session.progress.add_throughput(values)
         return values
 
     async def finish(self) -> None:
-        """Nothing to do: every step handed its weights over."""
+        """Every step handed its weights over. What is still at play was drawn for steps that `until` spared."""
+        await self._stream.close(unwanted=True)
+        await self._shelf.settle()
+        self.session.progress.ahead = {}
+
+    async def close(self) -> None:
+        await self._stream.close()
+        await self._shelf.close()
+
+    def _actor(self, stage: RLStage) -> PolicyActor:
+        session = self.session
+        actor = policy_actor(
+            session.config,
+            session.engine,
+            session.chat,
+            temperature=stage.temperature,
+            top_p=stage.top_p,
+            top_k=stage.top_k,
+            max_tokens=stage.max_tokens,
+        )
+        self._requests = actor.requests = self._requests or actor.requests  # one limit for all that is at play
+        return actor
 
     def _forward(self, stage: RLStage) -> Forward:
         async def forward(members: Sequence[Member], which: Literal["policy", "reference"]) -> list[list[Floats]]:
@@ -163,19 +217,21 @@ def engine_counters(engine: Engine) -> dict[str, float]:
 
 
 async def iterate(
-    stage: RLStage, step: int, tasks: TaskStream, store: StateStore, rollout: Rollout, forward: Forward, *, seed: int
+    stage: RLStage,
+    step: int,
+    store: StateStore,
+    rollout: Rollout,
+    forward: Forward,
+    *,
+    seed: int,
+    version: int | None = None,
 ) -> Iteration:
-    """Play and credit one step; the update itself is the caller's."""
+    """Play and credit one step; the update itself is the caller's. With the `version` of the weights to be trained,
+    members carry their tokens' ages (`staleness.AGES`)."""
     out = Iteration()
-    drawn = 0
 
     async def play(prompts: int) -> list[Group]:
-        nonlocal drawn
-        draws = stage.sampler.draw(step, prompts, stage.samples, tasks, store)
-        # A refill draws again in the same step: its groups get places of their own.
-        draws = [TaskDraw(d.task, d.samples, step, drawn + i, d.options) for i, d in enumerate(draws)]
-        drawn += len(draws)
-        groups = await rollout(draws)
+        groups = await rollout(prompts)
         out.played += groups
         await annotate([member for group in groups for member in group.scored])
         for group in groups:
@@ -184,6 +240,8 @@ async def iterate(
         return groups
 
     async def annotate(members: Sequence[Member]) -> None:
+        if version is not None:
+            staleness.stamp(members, version)
         for annotator in stage.annotators:
             await annotator.annotate(members, forward)
 

@@ -13,7 +13,8 @@ from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.engines import Engine
 from agentrl.env import Env
 from agentrl.metrics import Metrics
-from agentrl.rollout.manager import Recorded, RolloutManager
+from agentrl.rollout.manager import RolloutManager
+from agentrl.rollout.play import Recorded
 from agentrl.rollout.strategy import FlatRollouts
 from agentrl.store import RunFolder, StoreWriter
 from agentrl.task import Task

@@ -12,12 +12,21 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from agentrl.algo import advantage, annotator, editor, loss, reward
 from agentrl.algo.component import Component, one_of
 from agentrl.algo.sampler import TaskSampler, UniformSampler
+from agentrl.algo.staleness import MaxAge
 from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.rollout.strategy import FlatRollouts, RolloutStrategy
 from agentrl.train.options import OptimizerOptions
 from agentrl.train.schedule import ScalarSchedule, scheduled
 
-_FIXED = ("steps", "minibatches", "optimizer", "until", "schedules")  # the optimiser's own schedule counts on them
+_FIXED = (
+    "steps",
+    "minibatches",
+    "max_staleness",
+    "overdue",
+    "optimizer",
+    "until",
+    "schedules",
+)  # the optimiser's own schedule counts on them
 
 
 class Until(BaseModel):
@@ -67,6 +76,15 @@ class RLStage(TrainingStage):
     prompts: int = Field(default=16, ge=1, description="tasks per step")
     samples: int = Field(default=8, ge=1, description="episodes per task: the group's size")
     minibatches: int = Field(default=1, ge=1, description="optimiser steps per rollout")
+    max_staleness: int = Field(
+        default=0,
+        ge=0,
+        description="updates by which a trained token's weights may be behind; "
+        "0: on-policy, rollouts and updates take turns",
+    )
+    overdue: Literal["wait", "drop"] = Field(
+        default="wait", description="what becomes of a group that is still at play when it may not get any older"
+    )
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
@@ -96,6 +114,18 @@ class RLStage(TrainingStage):
             raise ValueError("the term 'kl' needs annotators: [reference_logprobs]")
         if isinstance(self.behaviour, loss.OldBehaviour) and annotator.OldLogprobs not in have:
             raise ValueError("behaviour 'old' needs annotators: [old_logprobs]")
+        return self
+
+    @model_validator(mode="after")
+    def _overlaps(self) -> RLStage:
+        if self.overdue == "drop" and not self.max_staleness:
+            raise ValueError("overdue: drop does nothing where max_staleness is 0; raise it, or remove overdue")
+        for transform in self.transforms:
+            if isinstance(transform, MaxAge) and transform.updates >= self.max_staleness:
+                raise ValueError(
+                    f"max_age drops tokens older than {transform.updates} updates, and max_staleness "
+                    f"{self.max_staleness} lets none be; lower its updates, or raise max_staleness"
+                )
         return self
 
     @model_validator(mode="after")

@@ -54,6 +54,9 @@ class SupervisedRunner:
         """Let the engine speak with the new weights."""
         await self.session.new_weights()
 
+    async def close(self) -> None:
+        """Nothing is open."""
+
 
 def demo_rows(groups: Sequence[Group]) -> list[list[Row]]:
     """The rows of every demonstration; only what the expert said is a target."""

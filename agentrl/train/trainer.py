@@ -21,7 +21,7 @@ from agentrl.console import Reporter
 from agentrl.env import tasks_of
 from agentrl.errors import UsageError
 from agentrl.metrics import Metrics, Summary
-from agentrl.rollout.manager import Recorded
+from agentrl.rollout.play import Recorded
 from agentrl.rollout.seeds import seed_of
 from agentrl.store import RunFolder, StoreReader, StoreWriter
 from agentrl.store.run import versions
@@ -34,6 +34,7 @@ from agentrl.train.serving import open_engine, probe_of
 from agentrl.train.session import Session
 from agentrl.train.stages import RLStage, SupervisedStage, TrainingStage
 from agentrl.train.supervised import SupervisedRunner
+from agentrl.train.supply import usable
 
 Status = Literal["completed", "failed", "cancelled"]
 
@@ -49,6 +50,9 @@ class Runner(Protocol):
 
     async def finish(self) -> None:
         """After the last step, before the evaluation."""
+
+    async def close(self) -> None:
+        """Whatever happened: let go of what is open. Idempotent."""
 
 
 class Trainer:
@@ -147,21 +151,24 @@ class Trainer:
             torch.set_rng_state(self._tensors["rng"])
         self._tensors = {}
         self.reporter.stage(label, stage.steps)
-        await runner.prepare()
-        over = False
-        while progress.step < stage.steps and not over:
-            values = await runner.step(progress.step)
-            progress.step += 1
-            progress.totals["steps"] = progress.totals.get("steps", 0.0) + 1
-            session.metrics.log(progress.step, label, values)
-            self.reporter.step(label, progress.step, values)
-            over = stage.until is not None and stage.until.reached(values)
-            if progress.step < stage.steps and not over:
-                if isinstance(stage, RLStage) and self._due(progress.step):
-                    await self._evaluate(session, stage, label, whole=False)
-                if progress.step % self.config.checkpoint.every == 0:
-                    self._save(session, f"{index}-{label}-{progress.step}", optimizer, runner)
-        await runner.finish()
+        try:
+            await runner.prepare()
+            over = False
+            while progress.step < stage.steps and not over:
+                values = await runner.step(progress.step)
+                progress.step += 1
+                progress.totals["steps"] = progress.totals.get("steps", 0.0) + 1
+                session.metrics.log(progress.step, label, values)
+                self.reporter.step(label, progress.step, values)
+                over = stage.until is not None and stage.until.reached(values)
+                if progress.step < stage.steps and not over:
+                    if isinstance(stage, RLStage) and self._due(progress.step):
+                        await self._evaluate(session, stage, label, whole=False)
+                    if progress.step % self.config.checkpoint.every == 0:
+                        self._save(session, f"{index}-{label}-{progress.step}", optimizer, runner)
+            await runner.finish()
+        finally:
+            await runner.close()
         await self._evaluate(session, stage, label, whole=True)
         name = f"{index}-{label}-{progress.step}"
         progress.stage, progress.step = index + 1, 0
@@ -171,7 +178,7 @@ class Trainer:
         if isinstance(stage, SupervisedStage):
             return SupervisedRunner(session, stage, label, optimizer)
         if isinstance(stage, RLStage):
-            left_over = self._left_over(label)
+            left_over = self._left_over(stage, label)
             return ReinforceRunner(session, stage, label, optimizer, left_over, self._tensors.get("reference"))
         raise UsageError(f"no runner for the stage type {type(stage).__name__}")
 
@@ -202,18 +209,23 @@ class Trainer:
             tensors["reference"] = runner.reference.state()
         checkpoint.save(self._checkpoints, name, progress, tensors, keep=self.config.checkpoint.keep)
 
-    def _left_over(self, label: str) -> Recorded:
-        """What a killed run left of the very step that comes next: sampled with the checkpoint's weights,
-        so finished episodes count and those in flight are rebuilt by replay."""
+    def _left_over(self, stage: RLStage, label: str) -> Recorded:
+        """What a killed run left of the steps that come next. What was sampled with weights up to the checkpoint's
+        counts: finished episodes are taken over, and those in flight are rebuilt by replay."""
         if not self.folder.info.resumed:
             return Recorded()
+        progress = self.progress
+        drawn = [draw["step"] for draw in progress.ahead.get("draws", ())]
+        steps = range(min(drawn, default=progress.step), progress.step + stage.max_staleness + 1)
         with StoreReader(self.folder.path) as reader:
-            step = self.progress.step
-            inflight = {key.id: turns for key, turns in reader.inflight(step, label).items()}
-            finished = {id: reader.get(id) for id in reader.finished(step, label)}
-        if inflight or finished:
-            self.reporter.note(f"{len(finished)} finished episodes taken over, {len(inflight)} rebuilt by replay")
-        return Recorded(finished, inflight)
+            inflight = {key.id: turns for key, turns in reader.inflight(None, label).items() if key.step in steps}
+            finished = {id: reader.get(id) for step in steps for id in reader.finished(step, label)}
+            left = usable(Recorded(finished, inflight), progress.version)
+        if left.inflight or left.finished:
+            self.reporter.note(
+                f"{len(left.finished)} finished episodes taken over, {len(left.inflight)} rebuilt by replay"
+            )
+        return left
 
     def _summary(self, status: Status) -> Summary:
         progress = self.progress

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from agentrl.algo.loss import Aggregator, AuxTerm, BehaviourModel, Surrogate, Tokens, Units, policy_loss
+from agentrl.algo.staleness import AGES
 from agentrl.errors import RunFailed
 from agentrl.train.forward import plan, score_rows, token_logprobs
 from agentrl.train.optim import Optimizer
@@ -53,6 +54,7 @@ class TrainRow:
     correction: Floats
     weights: Floats
     rollout: Floats
+    ages: Floats
     reference: Floats | None = None
 
 
@@ -84,6 +86,7 @@ def train_rows(members: Sequence[Member], objective: Objective) -> list[TrainRow
                     correction=at(correction or ones, row),
                     weights=at(member.weights or ones, row),
                     rollout=at([turn.logprobs for turn in member.trajectory.turns], row),
+                    ages=at(member.arrays.get(AGES) or member.spread([0.0] * len(member.trajectory.turns)), row),
                     reference=at(member.arrays["reference"], row) if objective.needs_reference else None,
                 )
             )
@@ -162,10 +165,12 @@ def update(
             first=not number,
         )
         for name, value in metrics.items():
-            scale = 1.0 if name.startswith("gap/") else 1 / len(batches)
+            scale = 1.0 if name.startswith("gap") else 1 / len(batches)
             report.metrics[name] = report.metrics.get(name, 0.0) + value * scale
         report.tokens += sum(len(r.row) for r in batch)
         report.trained += sum(len(r.row.targets) for r in batch)
+    corrections = [row.correction for batch in batches for row in batch]
+    report.metrics |= objective.behaviour.report(np.concatenate(corrections) if corrections else as_floats([]))
     report.seconds = time.perf_counter() - started
     return report
 
@@ -252,8 +257,10 @@ def _step(
         tokens_per_batch=tokens_per_batch,
         share_prompts=share_prompts,
     )
-    if first:  # nothing was updated since the rollout, so any difference is the engine's
-        metrics |= gap(logprobs, np.concatenate([r.rollout for r in batch]))
+    if first:  # these weights sampled the tokens of age 0, so any difference there is the engine's
+        rollout, age = (np.concatenate([getattr(r, name) for r in batch]) for name in ("rollout", "ages"))
+        for name, which in (("gap", age == 0), ("gap_stale", age > 0), ("gap_unknown", age < 0)):
+            metrics |= {f"{name}/{key}": value for key, value in gap(logprobs[which], rollout[which]).items()}
     norm = optimizer.clip()
     metrics["grad_norm"] = norm
     if not (np.isfinite(norm) and np.isfinite(metrics["loss"])):
@@ -267,14 +274,14 @@ def _step(
 
 
 def gap(trainer: Floats, engine: Floats) -> dict[str, float]:
-    """How far the trainer's log-probs are from the engine's, over tokens sampled by these weights."""
+    """How far the trainer's log-probs are from the engine's."""
     difference = trainer.astype(np.float64) - engine
     if not difference.size:
         return {}
     return {
-        "gap/mean_abs": float(np.abs(difference).mean()),
-        "gap/max_abs": float(np.abs(difference).max()),
-        "gap/kl": float((np.exp(difference) - 1 - difference).mean()),
+        "mean_abs": float(np.abs(difference).mean()),
+        "max_abs": float(np.abs(difference).max()),
+        "kl": float((np.exp(difference) - 1 - difference).mean()),
     }
 
 

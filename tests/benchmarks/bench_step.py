@@ -68,13 +68,14 @@ def ours(model: str, steps: int, threads: int, out: Path) -> None:
         for step in range(steps):
             started = time.perf_counter()
 
-            async def rollout(draws: Any) -> Any:
+            async def rollout(prompts: int, step: int = step) -> Any:
+                draws = stage.sampler.draw(step, prompts, stage.samples, tasks, store)
                 return await manager.run(draws, actor, stage="bench", strategy=stage.strategy)
 
             async def forward(members: Any, which: Any) -> Any:
                 raise AssertionError("nothing annotates here")
 
-            iteration = await iterate(stage, step, tasks, store, rollout, forward, seed=0)
+            iteration = await iterate(stage, step, store, rollout, forward, seed=0)
             rolled = time.perf_counter()
             update(
                 policy, optimizer, iteration.members, objective, temperature=1.0, minibatches=1, tokens_per_batch=2048

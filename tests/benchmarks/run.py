@@ -40,6 +40,7 @@ def main() -> int:
     jobs += [
         ("rollout manager", script("bench_rollout.py", *runs, *result("rollout"))),
         ("local engine", script("bench_engine.py", *runs, *result("engine"))),
+        ("overlapping training", script("bench_async.py", *result("async"))),
         ("one training step", script("bench_step.py", "--model", str(model), *runs, *trl, *result("step"))),
     ]
     if given.vllm:

@@ -20,7 +20,8 @@ from agentrl.engines import Request
 from agentrl.errors import InfraError, RunFailed
 from agentrl.rollout.actors import PolicyActor
 from agentrl.rollout.deadlines import Deadlines
-from agentrl.rollout.manager import Recorded, RolloutLimits, RolloutManager
+from agentrl.rollout.manager import RolloutLimits, RolloutManager
+from agentrl.rollout.play import Recorded
 from agentrl.rollout.strategy import FlatRollouts, RolloutStrategy
 from agentrl.trajectory import Group, Sampling, Trajectory, ids_of, rows_of
 

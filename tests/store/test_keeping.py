@@ -33,6 +33,14 @@ def test_the_last_k_steps_keep_their_arrays(tmp_path: Path, records: ModuleType)
     check_kept(tmp_path, records, made, kept={6, 7, 8, 9})
 
 
+def test_late_episodes_of_an_earlier_step_do_not_push_others_out(tmp_path: Path, records: ModuleType) -> None:
+    made = [records.episode(records.key(step, "t", sample)) for step in range(5) for sample in range(2)]
+    with StoreWriter(tmp_path, tokens="last_k", n=2) as store:
+        for number in (0, 2, 1, 4, 3, 6, 5, 8, 7, 9):  # where steps overlap
+            store.add([made[number]], step=number // 2, stage="rl")
+    check_kept(tmp_path, records, made, kept={6, 5, 8, 7, 9})
+
+
 def check_kept(folder: Path, records: ModuleType, made: list[object], kept: set[int]) -> None:
     with StoreReader(folder) as reader:
         whole = {id for step in range(5) for id in reader.finished(step, "rl")}

@@ -20,7 +20,7 @@ from agentrl.trajectory import Group, Trajectory, Turn
 
 if TYPE_CHECKING:
     from agentrl.rollout.episode import LiveEpisode
-    from agentrl.rollout.manager import Play
+    from agentrl.rollout.play import Play
 
 
 def branches(u: float, gain: float, *, weight: float, probability: float) -> bool:
