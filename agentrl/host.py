@@ -59,6 +59,7 @@ class Host:
         max_tool_seconds: caps every tool's own timeout.
         max_env_seconds: the limit of reset, reply, anchor, score and fork; `EnvError` beyond it.
         count_tokens: for tools with a cost per token; without it four characters count as one token.
+        faults: called with a tool's name before each of its calls; it may raise `InfraError` (`agentrl.chaos`).
 
     A cost per second uses measured time, so it is the one cost that two equal runs do not share.
     The flat cost of a call is charged once its tool was reached: not for an unknown tool or for
@@ -74,6 +75,7 @@ class Host:
         max_tool_seconds: float | None = None,
         max_env_seconds: float = 60.0,
         count_tokens: Callable[[str], int] | None = None,
+        faults: Callable[[str], None] | None = None,
     ) -> None:
         self.template = template.template
         self.task = task
@@ -81,6 +83,7 @@ class Host:
         self.max_tool_seconds = max_tool_seconds
         self.max_env_seconds = max_env_seconds
         self.count_tokens = count_tokens
+        self.faults = faults
         self._tools: dict[str, Tool] = {name: made for name, (_, made) in self.template.toolbox().items()}
         self._instance: Instance | None = None
         self._started = False
@@ -163,6 +166,7 @@ class Host:
             max_tool_seconds=self.max_tool_seconds,
             max_env_seconds=self.max_env_seconds,
             count_tokens=self.count_tokens,
+            faults=self.faults,
         )
         child._started, child._first, child._done = True, self._first, self._done
         child._events, child._last = list(self._events), self._last
@@ -221,6 +225,8 @@ class Host:
         try:
             await instance.prepare(call, None)
             start = time.perf_counter()
+            if self.faults is not None:
+                self.faults(call.name)
             effect = await instance.call(call, self._limit(call))
         except (Lost, EpisodeError) as error:
             effect = error

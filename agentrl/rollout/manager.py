@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -82,12 +82,14 @@ class RolloutManager:
         seed: int,
         recorder: Recorder | None = None,
         watcher: Watcher | None = None,
+        faults: Callable[[str], None] | None = None,
     ) -> None:
         self.env = env.template
         self.limits = limits
         self.seed = seed
         self.recorder = recorder
         self.watcher = watcher
+        self.faults = faults
         self.live: dict[str, LiveEpisode] = {}
         self.episodes = 0
         self.env_failures = 0
@@ -139,6 +141,7 @@ class RolloutManager:
             (host_seed,),
             max_tool_seconds=deadlines.tool,
             max_env_seconds=deadlines.turn,
+            faults=self.faults if actor.source == "policy" else None,
         )
         expert = None
         if actor.source == "demo":

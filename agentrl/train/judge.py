@@ -17,7 +17,7 @@ from agentrl.rollout.strategy import FlatRollouts
 from agentrl.store import StoreWriter
 from agentrl.train import checkpoint
 from agentrl.train.evaluation import Decode, draws_for, summarise
-from agentrl.train.parts import make_chat, make_env, make_manager, make_policy, policy_actor, take
+from agentrl.train.parts import make_chaos, make_chat, make_env, make_manager, make_policy, policy_actor, take
 from agentrl.train.plan import check_toolkits
 from agentrl.train.policy import Policy
 from agentrl.train.serving import open_engine
@@ -47,6 +47,7 @@ class Judge:
         self.samples = samples
         self.split = split or self.settings.split
         self.env = make_env(config)
+        self.chaos = make_chaos(config)
         self.tasks = take(self.env, n or self.settings.tasks, seed=config.seed, split=self.split)
 
     @property
@@ -59,7 +60,7 @@ class Judge:
         policy = await restored_policy(self.config, run, at)
         stage, step = _place(at)
         chat = make_chat(self.config, policy.tokenizer)
-        engine = await open_engine(self.config, policy, None, self.reporter.note)
+        engine = await open_engine(self.config, policy, None, self.reporter.note, self.chaos)
         records = []
         try:
             for mode in decode:
@@ -91,7 +92,7 @@ class Judge:
         checkpoint, or with the configuration's own."""
         policy = await restored_policy(self.config, run or folder, at)
         chat = make_chat(self.config, policy.tokenizer)
-        engine = await open_engine(self.config, policy, folder, self.reporter.note)
+        engine = await open_engine(self.config, policy, folder, self.reporter.note, self.chaos)
         writer = StoreWriter(folder, pieces=policy.pieces)
         try:
             actor = policy_actor(self.config, engine, chat, temperature=self.settings.temperature)
@@ -106,6 +107,8 @@ class Judge:
     def _report(self, groups: list[Group], *, stage: str, step: int, decode: Decode) -> dict[str, Any]:
         """The record, also shown. Raises `RunFailed` where no episode could be scored."""
         record = summarise(groups, stage=stage, step=step, decode=decode)
+        if self.chaos is not None:
+            self.reporter.note(self.chaos.report())
         if record["missing"]:
             details = collections.Counter(
                 member.trajectory.outcome.detail or str(member.trajectory.outcome)
@@ -124,7 +127,7 @@ class Judge:
     async def _play(self, actor: Actor, stage: str, samples: int, writer: StoreWriter | None = None) -> list[Group]:
         check_toolkits(self.config, self.env)
         await self.env.prepare()
-        return await make_manager(self.config, self.env, writer, self.reporter).run(
+        return await make_manager(self.config, self.env, writer, self.reporter, self.chaos).run(
             draws_for(self.tasks, 0, samples),
             actor,
             stage=stage,

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from transformers import AutoTokenizer
 
 from agentrl.algo.sampler import TaskDraw
+from agentrl.chaos import Chaos
 from agentrl.chat import ChatFormat
 from agentrl.config import Config
 from agentrl.context import ContextPolicy
@@ -51,10 +52,22 @@ def limits_of(config: Config) -> RolloutLimits:
 
 
 def make_manager(
-    config: Config, env: Env, recorder: Recorder | None = None, watcher: Watcher | None = None
+    config: Config,
+    env: Env,
+    recorder: Recorder | None = None,
+    watcher: Watcher | None = None,
+    chaos: Chaos | None = None,
 ) -> RolloutManager:
     """A rollout manager over `env` with the configuration's limits and seed."""
-    return RolloutManager(env, limits=limits_of(config), seed=config.seed, recorder=recorder, watcher=watcher)
+    faults = chaos.tool if chaos is not None else None
+    return RolloutManager(
+        env, limits=limits_of(config), seed=config.seed, recorder=recorder, watcher=watcher, faults=faults
+    )
+
+
+def make_chaos(config: Config) -> Chaos | None:
+    """What breaks things on purpose, where the configuration asks for it."""
+    return None if config.chaos is None else Chaos(config.chaos)
 
 
 def make_chat(config: Config, tokenizer: Any) -> ChatFormat:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from agentrl.algo.sampler import TaskStream
 from agentrl.algo.state import StateStore
+from agentrl.chaos import Chaos
 from agentrl.chat import ChatFormat
 from agentrl.config import Config
 from agentrl.console import Reporter
@@ -46,6 +47,7 @@ class Session:
     held_out: list[Task]
     store: StateStore
     progress: Progress
+    chaos: Chaos | None = None
 
     @property
     def attempt(self) -> int:
@@ -98,6 +100,8 @@ class Session:
 
     async def close(self) -> None:
         """Let go of the engine, the store, the loggers and the environment."""
+        if self.chaos is not None:
+            self.reporter.note(self.chaos.report())
         await self.engine.close()
         self.writer.close()
         self.metrics.close()

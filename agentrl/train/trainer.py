@@ -28,7 +28,7 @@ from agentrl.store.run import versions
 from agentrl.train import checkpoint
 from agentrl.train.checkpoint import Progress
 from agentrl.train.optim import Optimizer, build_optimizer
-from agentrl.train.parts import make_chat, make_env, make_manager, make_policy, take
+from agentrl.train.parts import make_chaos, make_chat, make_env, make_manager, make_policy, take
 from agentrl.train.reinforce import ReinforceRunner
 from agentrl.train.serving import open_engine, probe_of
 from agentrl.train.session import Session
@@ -118,7 +118,8 @@ class Trainer:
         if newest is not None:
             metrics.rewind(stage_labels(config.stages), self.progress.stage, self.progress.step)
         writer = StoreWriter(folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n)
-        engine = await open_engine(config, policy, folder.path, self.reporter.note)
+        chaos = make_chaos(config)
+        engine = await open_engine(config, policy, folder.path, self.reporter.note, chaos)
         tasks = TaskStream(lambda: tasks_of(env, "train", config.seed))
         tasks.seek(self.progress.tasks_taken)
         return Session(
@@ -130,7 +131,8 @@ class Trainer:
             chat=make_chat(config, policy.tokenizer),
             engine=engine,
             probe=probe_of(config, policy, engine),
-            manager=make_manager(config, env, writer, self.reporter),
+            manager=make_manager(config, env, writer, self.reporter, chaos),
+            chaos=chaos,
             writer=writer,
             metrics=metrics,
             tasks=tasks,
