@@ -92,6 +92,8 @@ class Keeper:
             await self._rest(post)
             why = await self._examine(post)
             if why is None:
+                if self.engine.has_lost(post.server):  # it broke in something that all servers were asked
+                    await self._regain(post)
                 continue
             self.engine.lose(post.server, why)
             self._tell(f"{post.server.name} is lost: {why}")
@@ -99,6 +101,14 @@ class Keeper:
             if not await self._bring_back(post):
                 return
             self._tell(f"{post.server.name} is back after {time.monotonic() - lost:.0f} s")
+
+    async def _regain(self, post: Post) -> None:
+        """A server that lives, but did not do what it was asked, is asked once more; else it is looked at again."""
+        try:
+            await self.engine.regain(post.server)
+            self._tell(f"{post.server.name} broke off, and goes on")
+        except (InfraError, Refused):
+            self.engine.suspect(post.server)
 
     async def _rest(self, post: Post) -> None:
         """Until it is time to look, or a request broke there."""

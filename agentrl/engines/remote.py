@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 Answer = TypeVar("Answer")
 TRIES = 6  # of one request, before its episode is told
+CONTROL_TRIES = 3  # of what all servers are asked
 BUSY = (408, 429)  # of the 4xx, those that say: later
 PAUSE_SECONDS = 0.2  # before the second try; each further one waits twice as long
 OUTAGE_SECONDS = 900.0  # without any server, after which the run fails
@@ -227,6 +228,10 @@ class RemoteEngine:
             self._routes.down.pop(server, None)
             self._up.set()
 
+    def has_lost(self, server: ModelServer) -> bool:
+        """Whether nothing is sent there now."""
+        return server in self._routes.down
+
     def suspect(self, server: ModelServer) -> None:
         """A request broke there: whoever keeps the servers may want to look at once."""
         self._suspicions[server].set()
@@ -268,12 +273,18 @@ class RemoteEngine:
         """Ask every server that is up; one that breaks is lost, and catches up when it is back."""
 
         async def one(server: ModelServer) -> tuple[ModelServer, Answer] | None:
-            try:
-                return server, await self._call(server, ask(server))
-            except (InfraError, Refused) as error:
-                self.lose(server, str(error))
-                self.suspect(server)
-                return None
+            for tries_left in range(CONTROL_TRIES - 1, -1, -1):
+                try:
+                    return server, await self._call(server, ask(server))
+                except (InfraError, Refused) as error:
+                    if server in self._routes.down:
+                        return None
+                    if not tries_left:
+                        self.lose(server, str(error))
+                        self.suspect(server)
+                        return None
+                await asyncio.sleep(PAUSE_SECONDS)
+            raise AssertionError("unreachable: the last try returns")
 
         return dict(pair for pair in await asyncio.gather(*map(one, self._routes.up)) if pair is not None)
 

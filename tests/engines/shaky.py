@@ -24,6 +24,7 @@ class Shaky:
         self.port = port
         self.breaks: Callable[[], Any] = lambda: None
         self.dead = False
+        self.unlucky: Callable[[], int] = lambda: 0  # whether the next load breaks
         self.version = -1
         self.served: list[str] = []
         self.aborted: list[str] = []
@@ -69,6 +70,8 @@ class Shaky:
 
     async def load(self, folder: Path, version: int) -> None:
         await self.alive(1)
+        if self.unlucky():
+            raise InfraError("the disk was busy")
         assert (folder / "model.safetensors").is_file()
         self.version = version
         self.steps.append(f"load {version}")

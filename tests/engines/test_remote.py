@@ -151,6 +151,26 @@ def test_a_server_that_breaks_in_an_update_is_lost_and_the_others_have_it() -> N
     run(2, work)
 
 
+def test_a_server_that_was_only_unlucky_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.engines.keeper.LOOK_SECONDS", 0.02)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        (server,) = servers
+        keeper = Keeper(engine, [Post(server)], lambda _: None, patience=5, restarts=0)
+        left = [1] * 2
+        server.unlucky = lambda: left.pop() if left else 0
+        await engine.update_weights(WEIGHTS, 1)
+        assert not left and server.version == 1 and engine.trouble is None, "three tries"
+        left += [1] * 3
+        await engine.update_weights(WEIGHTS, 2)
+        assert engine.trouble is not None
+        reply = await engine.generate(request())
+        assert [run.version for run in reply.versions] == [2]
+        await keeper.close()
+
+    run(1, work)
+
+
 def test_a_cancelled_caller_aborts_its_request_by_id() -> None:
     async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
         async def hangs() -> None:
