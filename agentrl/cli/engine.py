@@ -185,7 +185,7 @@ def bench(
     model: Path,
     concurrency: str = "1,8,32,128",
     prompt: int = 64,
-    output: int = 64,
+    output: int = 128,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Measure a running server: tokens a second, seconds a turn, reuse of prompts, seconds of a change of weights.
@@ -204,7 +204,7 @@ def bench(
     """
     import dataclasses
 
-    from agentrl.engines.bench import Load, Reuse, Speed, Update, concurrencies, measure, vocab_of
+    from agentrl.engines.bench import TURNS, Load, Reuse, Speed, Update, concurrencies, measure, vocab_of
 
     load = Load(concurrencies(concurrency), prompt, output)
     vocab = vocab_of(model)
@@ -230,7 +230,8 @@ def bench(
         asyncio.run(run())
     if as_json:
         return
-    table = Table(title=f"{kind} at {url}: prompts of {prompt}, outputs of {output} tokens", title_justify="left")
+    console.print(f"{kind} at {url}: prompts of {prompt}, outputs of {output} tokens", soft_wrap=True)
+    table = Table()
     for title in ("at once", "sampled tok/s", "turn, median s", "turn, p95 s", "turns"):
         table.add_column(title, justify="right")
     for figure in found:
@@ -241,7 +242,7 @@ def bench(
     for figure in found:
         if isinstance(figure, Reuse):
             said = f"{figure.share:.1%} of what earlier turns computed, {figure.of_all:.1%} of all prompt tokens"
-            console.print(f"used again over 6 turns: {said}", soft_wrap=True)
+            console.print(f"used again over {TURNS} turns: {said}", soft_wrap=True)
         if isinstance(figure, Update):
             parts = f"pause {figure.pause_s:.3f}, load {figure.load_s:.3f}, resume {figure.resume_s:.3f}"
             console.print(f"a change of weights: {parts} s", soft_wrap=True)

@@ -22,7 +22,8 @@ from agentrl.errors import UsageError
 from agentrl.trajectory import Ids, Sampling, as_ids
 
 ROUNDS = 3  # requests that each caller sends, one after another
-SESSIONS, TURNS, FRESH = 8, 6, 16  # episodes, their turns, and the tokens that an environment adds after each
+SESSIONS, TURNS = 8, 6  # episodes at once, and their turns
+SPOKEN, FRESH = 32, 16  # tokens that such a turn samples, and that an environment adds after it
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +32,17 @@ class Load:
 
     concurrency: tuple[int, ...] = (1, 8, 32, 128)
     prompt: int = 64
-    output: int = 64
+    output: int = 128
 
     def check(self, most: int) -> None:
         """Raises `UsageError` for lengths that are none, or do not fit in a context of `most` tokens (0: no limit)."""
         if not self.concurrency or min(*self.concurrency, self.prompt, self.output) < 1:
             raise UsageError("--concurrency, --prompt and --output are whole numbers above 0")
-        longest = self.prompt + TURNS * self.output + (TURNS - 1) * FRESH
+        longest = self.prompt + max(self.output, TURNS * SPOKEN + (TURNS - 1) * FRESH)
         if most and longest > most:
             raise UsageError(
-                f"{TURNS} turns of {self.output} tokens after a prompt of {self.prompt} take {longest} tokens, and the "
-                f"server's context is {most}: lower --prompt or --output"
+                f"turns of up to {longest} tokens do not fit in the server's context of {most}: lower --prompt or "
+                "--output, or serve a longer context"
             )
 
 
@@ -115,7 +116,7 @@ async def speed(engine: Engine, vocab: int, load: Load, concurrency: int, rng: n
 
 async def reuse(engine: Engine, vocab: int, load: Load, rng: np.random.Generator) -> Reuse:
     """Episodes whose every turn sends all that was said before, at once."""
-    block, sampling = engine.capabilities.cache_block, Sampling(max_tokens=load.output)
+    block, sampling = engine.capabilities.cache_block, Sampling(max_tokens=SPOKEN)
     prompts = [_prompt(rng, vocab, load.prompt) for _ in range(SESSIONS)]
     words = [[_prompt(rng, vocab, FRESH) for _ in range(TURNS)] for _ in range(SESSIONS)]
 

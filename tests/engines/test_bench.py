@@ -12,7 +12,20 @@ import pytest
 import torch
 
 from agentrl.engines import Generation, Request
-from agentrl.engines.bench import ROUNDS, SESSIONS, TURNS, Load, Reuse, Speed, Update, concurrencies, measure, vocab_of
+from agentrl.engines.bench import (
+    FRESH,
+    ROUNDS,
+    SESSIONS,
+    SPOKEN,
+    TURNS,
+    Load,
+    Reuse,
+    Speed,
+    Update,
+    concurrencies,
+    measure,
+    vocab_of,
+)
 from agentrl.engines.local import LocalEngine
 from agentrl.errors import UsageError
 
@@ -81,7 +94,8 @@ def test_every_figure_is_measured_and_the_model_stays_as_it_was(tools: Any, tmp_
     assert engine.most == SESSIONS
     assert engine.events == ["pause", "load model as 3", "resume"]
     assert np.array_equal(before, after)
-    assert all(reply.ids.size == 7 for _, reply in engine.requests[1:])
+    assert {reply.ids.size for _, reply in engine.requests[1 : -SESSIONS * TURNS]} == {7}
+    assert {reply.ids.size for _, reply in told} == {SPOKEN}
 
 
 class Forgetful(LocalEngine):
@@ -107,9 +121,12 @@ def test_an_engine_that_reuses_nothing_is_found_out(tools: Any) -> None:
 
 
 def test_what_does_not_fit_is_said_before_anything_is_sent() -> None:
-    Load((1,), prompt=64, output=64).check(64 + 6 * 64 + 5 * 16)
-    with pytest.raises(UsageError, match="take 528 tokens, and the server's context is 527"):
-        Load((1,), prompt=64, output=64).check(527)
+    longest = 64 + TURNS * SPOKEN + (TURNS - 1) * FRESH
+    Load((1,), prompt=64, output=64).check(longest)
+    with pytest.raises(UsageError, match=f"up to {longest} tokens do not fit in the server's context of {longest - 1}"):
+        Load((1,), prompt=64, output=64).check(longest - 1)
+    with pytest.raises(UsageError, match="up to 1064 tokens"):
+        Load((1,), prompt=64, output=1000).check(1063)
     with pytest.raises(UsageError, match="above 0"):
         Load((1,), prompt=0).check(0)
     assert concurrencies("1, 8,32") == (1, 8, 32)
