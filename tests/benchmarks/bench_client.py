@@ -13,7 +13,7 @@ prefix    Of the prompt tokens whose keys and values an earlier request computed
           another group: the request was sent earlier; whole blocks for vLLM; never the last token of a prompt, whose
           logits are needed), the share that the server says it used again.
 
-    python tests/benchmarks/bench_client.py --python SERVER_PYTHON [--kind vllm] [--runs 5] [--json OUT]
+    python tests/benchmarks/bench_client.py [--kind vllm] [--python SERVER_PYTHON] [--runs 5] [--json OUT]
 """
 
 from __future__ import annotations
@@ -41,10 +41,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from agentrl import Env, Episode, Task, tool
 from agentrl.algo.sampler import TaskDraw
 from agentrl.chat import ChatFormat, Parsed
+from agentrl.engines.install import python_of
 from agentrl.engines.launch import Launch, ServerProcess, free_port
 from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
+from agentrl.errors import UsageError
 from agentrl.rollout.actors import PolicyActor
 from agentrl.rollout.manager import RolloutLimits, RolloutManager
 from agentrl.rollout.strategy import FlatRollouts
@@ -365,9 +367,10 @@ async def serve(given: argparse.Namespace, folder: Path, console: Console) -> di
     model = folder / "model"
     make_model(model, bootstrap_tokenizer(ScratchTokenizer()))
     cores = tuple(sorted(os.sched_getaffinity(0))[-given.cores :])
-    launch = Launch(
-        given.kind, given.python.absolute(), model, free_port(), cores=cores, flags=tuple(given.flags.split())
-    )
+    python = given.python or python_of(given.kind, "cpu")
+    if python is None:
+        raise UsageError(f"{given.kind} is not installed for cpu; run: agentrl engine install {given.kind}")
+    launch = Launch(given.kind, python.absolute(), model, free_port(), cores=cores, flags=tuple(given.flags.split()))
     with console.status(f"starting {given.kind}"):
         process = ServerProcess.start(launch, folder / "server.log")
         try:
@@ -384,7 +387,7 @@ async def serve(given: argparse.Namespace, folder: Path, console: Console) -> di
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("sglang", "vllm"), default="sglang")
-    parser.add_argument("--python", type=Path, required=True, help="the Python of the server's environment")
+    parser.add_argument("--python", type=Path, help="of the server's environment; default: the one that was installed")
     parser.add_argument("--parts", type=lambda text: text.split(","), default=["overhead", "prefix"])
     parser.add_argument("--episodes", type=int, default=64, help="at once, a multiple of 8")
     parser.add_argument("--tokens", type=int, default=32, help="sampled a turn")
