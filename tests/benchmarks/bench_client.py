@@ -34,9 +34,11 @@ from typing import Any
 import httpx
 import numpy as np
 from machine import describe, load_average
+from reuse import reusable
 from rich.console import Console
 from rich.table import Table
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from agentrl import Env, Episode, Task, tool
 from agentrl.algo.sampler import TaskDraw
@@ -235,27 +237,6 @@ async def bare(url: str, tape: Tape, run: int) -> tuple[float, int]:
 # -- what could be cached --------------------------------------------------------------------------------------------
 
 
-def reusable(requests: Sequence[tuple[Sequence[int], Sequence[int]]], block: int) -> list[int]:
-    """Of each (prompt, output), in the order of sending: the prompt tokens that requests before it compute.
-
-    The last sampled token of a request has no keys and values, and the last token of a prompt is always computed.
-    Counted in whole blocks.
-    """
-    root: dict[int, Any] = {}
-    found = []
-    for prompt, output in requests:
-        node, shared = root, 0
-        for index in prompt[:-1]:
-            if index not in node:
-                break
-            node, shared = node[index], shared + 1
-        found.append(shared // block * block)
-        node = root
-        for index in (*prompt, *output[:-1]):
-            node = node.setdefault(index, {})
-    return found
-
-
 def share(tape: Tape, block: int) -> dict[str, float]:
     """What could be reused over a tape, what was, and the same for first turns alone."""
     could = reusable([(tape.prompt(sent), sent.output) for sent in tape.sent], block)
@@ -396,6 +377,7 @@ def main() -> None:
     parser.add_argument("--flags", default="", help="more flags for the server, in one word")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     console = Console()
     before = load_average()
     with tempfile.TemporaryDirectory(prefix="agentrl-bench-") as folder:
