@@ -135,6 +135,7 @@ def check(
     kind: Kind,
     model: Path,
     tolerance: float = 1e-5,
+    sync_folder: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Check a running server against a forward pass of the model that it serves. Exit code 1 where it is wrong.
@@ -147,6 +148,8 @@ def check(
         kind: what it is.
         model: the Hugging Face folder that it serves.
         tolerance: largest difference of two log-probs, in nats: 1e-5 for fp32, 0.1 for bf16.
+        sync_folder: where weights are written for the server, a folder that it sees under the same path; default: a
+            temporary one of this machine.
         as_json: one JSON object a check.
     """
     from agentrl.engines.conformance import Exam, Finding, examine
@@ -166,7 +169,7 @@ def check(
         policy = Policy.from_folder(model)
         policy.base.train(False)
         vocab = int(policy.base.config.vocab_size)
-        engine = await _connect(kind, url, vocab)
+        engine = await _connect(kind, url, vocab, sync_folder)
         try:
             await engine.update_weights(policy.weights(), 0)
             findings = await examine(Exam.of(engine, policy.base, vocab, tolerance), report)
@@ -186,6 +189,7 @@ def bench(
     concurrency: str = "1,8,32,128",
     prompt: int = 64,
     output: int = 128,
+    weights: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Measure a running server: tokens a second, seconds a turn, reuse of prompts, seconds of a change of weights.
@@ -200,6 +204,7 @@ def bench(
         concurrency: how many requests are sent at once, a list.
         prompt: tokens of a prompt.
         output: tokens that are sampled a turn; fewer where the model ends it.
+        weights: the same folder as the server sees it, where that is another path; default: the model's.
         as_json: one JSON object a figure.
     """
     import dataclasses
@@ -209,7 +214,7 @@ def bench(
     load = Load(concurrencies(concurrency), prompt, output)
     vocab = vocab_of(model)
     load.check(0)
-    folder = model.absolute()
+    folder = weights or model.absolute()
     console = Console(highlight=False)
     found: list[Speed | Reuse | Update] = []
 
@@ -248,7 +253,7 @@ def bench(
             console.print(f"a change of weights: {parts} s", soft_wrap=True)
 
 
-async def _connect(kind: Kind, url: str, vocab: int) -> RemoteEngine:
+async def _connect(kind: Kind, url: str, vocab: int, sync_folder: Path | None = None) -> RemoteEngine:
     """An engine over the server that the user named. Raises `UsageError` where none answers there."""
     from agentrl.engines.remote import RemoteEngine
     from agentrl.engines.sglang import SGLangServer
@@ -259,7 +264,7 @@ async def _connect(kind: Kind, url: str, vocab: int) -> RemoteEngine:
         raise UsageError(f"{url!r} is no server's address, such as http://127.0.0.1:30000")
     server = SGLangServer(url) if kind == "sglang" else VLLMServer(url)
     try:
-        return await RemoteEngine.connect([server], vocab=vocab)
+        return await RemoteEngine.connect([server], vocab=vocab, sync_folder=sync_folder)
     except InfraError as error:
         await server.close()
         raise UsageError(f"{error}; start one: agentrl engine serve {kind} MODEL") from error
