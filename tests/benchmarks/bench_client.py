@@ -199,7 +199,7 @@ async def play(
     trajectories = [member.trajectory for group in groups for member in group.members]
     sampled = sum(turn.n_sampled for trajectory in trajectories for turn in trajectory.turns)
     wanted = tasks * samples * env.max_turns * tokens
-    assert sampled == wanted, f"{sampled} tokens were sampled, not {wanted}; first: {trajectories[0].outcome}"
+    assert sampled == wanted, f"{sampled} tokens were sampled, not {wanted}; {trajectories[0].outcome.detail}"
     return seconds, sampled
 
 
