@@ -353,7 +353,7 @@ async def serve(given: argparse.Namespace, folder: Path, console: Console) -> di
         raise UsageError(f"{given.kind} is not installed for cpu; run: agentrl engine install {given.kind}")
     launch = Launch(given.kind, python.absolute(), model, free_port(), cores=cores, flags=tuple(given.flags.split()))
     with console.status(f"starting {given.kind}"):
-        process = ServerProcess.start(launch, folder / "server.log")
+        process = ServerProcess.start(launch, given.log or folder / "server.log")
         try:
             await process.ready()
         except BaseException:
@@ -375,6 +375,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--cores", type=int, default=1, help="that the server computes on")
     parser.add_argument("--flags", default="", help="more flags for the server, in one word")
+    parser.add_argument("--log", type=Path, help="where the server's output goes; default: nowhere that stays")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     transformers_logging.disable_progress_bar()
