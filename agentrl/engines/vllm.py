@@ -177,7 +177,7 @@ def _sampling(sampling: Sampling, max_tokens: int, top: int) -> dict[str, Any]:
         "logprobs": top,
         "skip_special_tokens": False,
         # No seed: on a CPU the whole server ends where a request with one has its prompt computed in parts ("CPU
-        # Generator does not use offset"), and elsewhere a seed does not repeat a sample either.
+        # Generator does not use offset"). `Capabilities.seeds` promises none.
     }
 
 
