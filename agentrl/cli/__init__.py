@@ -32,7 +32,7 @@ VERBS = {
     "rollout": ("agentrl.cli.rollout:rollout", "Play episodes and record them, without training."),
     "env": ("agentrl.cli.env:app", "Scaffold, list, check and play environments."),
     "sandbox": ("agentrl.cli.sandbox:app", "Build, examine and try the sandboxes that programs run in."),
-    "engine": ("agentrl.cli.engine:app", "Install and serve model servers, check engines."),
+    "engine": ("agentrl.cli.engine:app", "Install and serve model servers; check and measure engines."),
     "config": ("agentrl.cli.config:app", "Show, compare and describe configurations."),
     "export": ("agentrl.cli.export:app", "Write a trained policy in another format."),
     "index": ("agentrl.cli.index:index", "Look after the index of a run's trajectories."),

@@ -7,18 +7,23 @@ import json
 import os
 import signal
 import tempfile
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from cyclopts import App, Parameter
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from agentrl.cli import shown, steps
-from agentrl.errors import UsageError
+from agentrl.errors import InfraError, UsageError
 
-app = App(name="engine", help="Install model servers, serve models with them, check engines.", version_flags=[])
+if TYPE_CHECKING:
+    from agentrl.engines.remote import RemoteEngine
+
+app = App(name="engine", help="Install and serve model servers; check and measure engines.", version_flags=[])
 Kind = Literal["sglang", "vllm"]
 Flag = Annotated[bool, Parameter(negative="")]
 
@@ -130,6 +135,7 @@ def check(
     kind: Kind,
     model: Path,
     tolerance: float = 1e-5,
+    sync_folder: Path | None = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> int:
     """Check a running server against a forward pass of the model that it serves. Exit code 1 where it is wrong.
@@ -142,12 +148,11 @@ def check(
         kind: what it is.
         model: the Hugging Face folder that it serves.
         tolerance: largest difference of two log-probs, in nats: 1e-5 for fp32, 0.1 for bf16.
+        sync_folder: where weights are written for the server, a folder that it sees under the same path; default: a
+            temporary one of this machine.
         as_json: one JSON object a check.
     """
     from agentrl.engines.conformance import Exam, Finding, examine
-    from agentrl.engines.remote import RemoteEngine
-    from agentrl.engines.sglang import SGLangServer
-    from agentrl.engines.vllm import VLLMServer
     from agentrl.train.policy import Policy
 
     console = Console(highlight=False)
@@ -164,8 +169,7 @@ def check(
         policy = Policy.from_folder(model)
         policy.base.train(False)
         vocab = int(policy.base.config.vocab_size)
-        server = SGLangServer(url) if kind == "sglang" else VLLMServer(url)
-        engine = await RemoteEngine.connect([server], vocab=vocab)
+        engine = await _connect(kind, url, vocab, sync_folder)
         try:
             await engine.update_weights(policy.weights(), 0)
             findings = await examine(Exam.of(engine, policy.base, vocab, tolerance), report)
@@ -174,3 +178,93 @@ def check(
         return int(not all(finding.passed for finding in findings))
 
     return asyncio.run(run())
+
+
+@app.command
+def bench(
+    *,
+    url: str,
+    kind: Kind,
+    model: Path,
+    concurrency: str = "1,8,32,128",
+    prompt: int = 64,
+    output: int = 128,
+    weights: Path | None = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Measure a running server: tokens a second, seconds a turn, reuse of prompts, seconds of a change of weights.
+
+    The model's own weights are loaded once more, so do not run it while something trains. Example:
+    agentrl engine bench --kind sglang --url http://127.0.0.1:30000 --model ./Qwen3-0.6B --concurrency 1,32
+
+    Args:
+        url: where the server listens.
+        kind: what it is.
+        model: the Hugging Face folder that it serves.
+        concurrency: how many requests are sent at once, a list.
+        prompt: tokens of a prompt.
+        output: tokens that are sampled a turn; fewer where the model ends it.
+        weights: the same folder as the server sees it, where that is another path; default: the model's.
+        as_json: one JSON object a figure.
+    """
+    import dataclasses
+
+    from agentrl.engines.bench import TURNS, Load, Reuse, Speed, Update, concurrencies, measure, vocab_of
+
+    load = Load(concurrencies(concurrency), prompt, output)
+    vocab = vocab_of(model)
+    load.check(0)
+    folder = weights or model.absolute()
+    console = Console(highlight=False)
+    found: list[Speed | Reuse | Update] = []
+
+    async def run() -> None:
+        engine = await _connect(kind, url, vocab)
+        try:
+            version = str((await engine.servers[0].health())["version"])
+            named = int(version) if version.lstrip("-").isdigit() else 0
+            async for figure in measure(engine, vocab, load, folder, version=named):
+                found.append(figure)
+                if as_json:
+                    fields = {"figure": type(figure).__name__.lower()} | dataclasses.asdict(figure)
+                    print(json.dumps(fields), flush=True)  # noqa: T201
+        finally:
+            await engine.close()
+
+    with console.status(f"measuring {url}") if not as_json else nullcontext():
+        asyncio.run(run())
+    if as_json:
+        return
+    console.print(f"{kind} at {url}: prompts of {prompt}, outputs of {output} tokens", soft_wrap=True)
+    table = Table()
+    for title in ("at once", "sampled tok/s", "turn, median s", "turn, p95 s", "turns"):
+        table.add_column(title, justify="right")
+    for figure in found:
+        if isinstance(figure, Speed):
+            cells = (f"{figure.tok_s:.0f}", f"{figure.median_s:.2f}", f"{figure.p95_s:.2f}", str(figure.turns))
+            table.add_row(str(figure.concurrency), *cells)
+    console.print(table)
+    for figure in found:
+        if isinstance(figure, Reuse):
+            said = f"{figure.share:.1%} of what earlier turns computed, {figure.of_all:.1%} of all prompt tokens"
+            console.print(f"used again over {TURNS} turns: {said}", soft_wrap=True)
+        if isinstance(figure, Update):
+            parts = f"pause {figure.pause_s:.3f}, load {figure.load_s:.3f}, resume {figure.resume_s:.3f}"
+            console.print(f"a change of weights: {parts} s", soft_wrap=True)
+
+
+async def _connect(kind: Kind, url: str, vocab: int, sync_folder: Path | None = None) -> RemoteEngine:
+    """An engine over the server that the user named. Raises `UsageError` where none answers there."""
+    from agentrl.engines.remote import RemoteEngine
+    from agentrl.engines.sglang import SGLangServer
+    from agentrl.engines.vllm import VLLMServer
+
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UsageError(f"{url!r} is no server's address, such as http://127.0.0.1:30000")
+    server = SGLangServer(url) if kind == "sglang" else VLLMServer(url)
+    try:
+        return await RemoteEngine.connect([server], vocab=vocab, sync_folder=sync_folder)
+    except InfraError as error:
+        await server.close()
+        raise UsageError(f"{error}; start one: agentrl engine serve {kind} MODEL") from error

@@ -185,8 +185,9 @@ def _sampling(sampling: Sampling, max_tokens: int, top: int) -> dict[str, Any]:
         "stop_token_ids": list(sampling.stop_ids),
         "ignore_eos": True,  # the chat's stop ids are all that end a turn
         "logprobs": top,
-        "seed": sampling.seed % 2**31,
         "skip_special_tokens": False,
+        # No seed: on a CPU the whole server ends where a request with one has its prompt computed in parts ("CPU
+        # Generator does not use offset"). `Capabilities.seeds` promises none.
     }
 
 

@@ -2,6 +2,7 @@
 
 make bench                                    without peers: nothing else has to be installed
 make bench ARGS="--trl PYTHON --vllm PYTHON"  with the peers, in environments made as peers/README.md says
+make bench ARGS="--servers sglang,vllm"       with the client of these servers, as `agentrl engine install` made them
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--trl", help="the Python of TRL's environment")
     parser.add_argument("--vllm", help="the Python of vLLM's environment")
+    parser.add_argument("--servers", default="", help="sglang,vllm: measure the client of these servers too")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     model, runs = given.out / "model", ["--runs", str(given.runs)]
@@ -43,6 +45,9 @@ def main() -> int:
         ("overlapping training", script("bench_async.py", *result("async"))),
         ("one training step", script("bench_step.py", "--model", str(model), *runs, *trl, *result("step"))),
     ]
+    for kind in filter(None, given.servers.split(",")):
+        client = script("bench_client.py", "--kind", kind, *runs, *result(f"client_{kind}"))
+        jobs.append((f"the client of {kind}", client))
     if given.vllm:
         serve = script("peers/vllm_serve.py", "--python", given.vllm, "--model", str(model), "--")
         trace = [given.vllm, str(HERE / "peers/vllm_trace.py"), "--url", "{url}", *result("vllm")]
