@@ -90,7 +90,7 @@ class LiveEpisode:
         self._prompt: list[Message] = []
         self._deadline = time.monotonic() + limits.episode_seconds
         self._children = 0
-        self._closed = False
+        self._closing: asyncio.Task[None] | None = None
 
     # -- the primitives of strategies ----------------------------------------------------------
 
@@ -262,10 +262,13 @@ class LiveEpisode:
         raise AssertionError("unreachable: the last try returns or raises")
 
     async def close(self) -> None:
-        """Release the conversation and the environment. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
+        """Release the conversation and the environment. Idempotent; a cancellation in the middle of it does not stop
+        it, and whoever closes again waits for its end."""
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name=f"close {self.id}")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         try:
             await self._conversation.close()
         finally:

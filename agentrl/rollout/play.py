@@ -114,7 +114,7 @@ class Play:
 
     async def finish(self, episode: LiveEpisode) -> Trajectory:
         """Score and freeze an episode that is over (or that the strategy gives up). It is kept as it is now."""
-        trajectory = await episode.finish()
+        trajectory = await episode.finish()  # cancelled in there, it is still among the live ones to be closed
         self._leave(episode)
         if self.setting.keep is not None:
             self.setting.keep(self.draw, trajectory)

@@ -115,7 +115,7 @@ class Trainer:
             run_id=folder.info.id,
             config=YAML(typ="safe").load(folder.config_path),  # as written: ${env:NAME} stays a name
         )
-        if newest is not None:
+        if folder.info.resumed:  # also where no checkpoint was written yet: its lines come again
             metrics.rewind(stage_labels(config.stages), self.progress.stage, self.progress.step)
         writer = StoreWriter(folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n)
         chaos = make_chaos(config)
