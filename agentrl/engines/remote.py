@@ -13,18 +13,16 @@ import itertools
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from agentrl.engines import Capabilities, EngineStats, Generation, Request
+from agentrl.engines import Capabilities, EngineStats, Generation, InFlight, Request
 from agentrl.engines.http import Refused
 from agentrl.engines.servers import ModelServer
+from agentrl.engines.weights import Sync, Weights, sync_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import Floats, Ids
-
-if TYPE_CHECKING:
-    import torch
 
 LEAST_LOADED_BY = 8  # requests more than on another server, at which a new group goes there
 
@@ -34,11 +32,18 @@ class RemoteEngine:
 
     Args:
         vocab: ids below this are the model's; no other is ever sent.
-        sync_folder: where weights are written for servers to read, a folder that they see too.
+        sync: how weights reach the servers (`agentrl.engines.weights`).
+        sync_folder: where weights and adapters are written for servers to read, a folder that they see too.
     """
 
     def __init__(
-        self, servers: Sequence[ModelServer], capabilities: Capabilities, *, vocab: int, sync_folder: Path | None = None
+        self,
+        servers: Sequence[ModelServer],
+        capabilities: Capabilities,
+        *,
+        vocab: int,
+        sync: Sync = "disk",
+        sync_folder: Path | None = None,
     ) -> None:
         if not servers:
             raise UsageError("an engine needs at least one server")
@@ -50,6 +55,10 @@ class RemoteEngine:
         self.version = -1
         self._own_folder = sync_folder is None
         self._folder = Path(tempfile.mkdtemp(prefix="agentrl-weights-")) if sync_folder is None else sync_folder
+        self._sync = sync_of(sync, self.servers, self._folder)
+        self._in_flight: InFlight = "in_place" if capabilities.in_flight == "in_place" else "retract"
+        self._updating = asyncio.Lock()
+        self._failed = False  # an update did, and left the engine paused
         self._homes: dict[str, ModelServer] = {}  # group, and session -> its server
         self._groups: dict[str, int] = {}  # how many sessions a group has open
         self._of: dict[str, str] = {}  # session -> group
@@ -68,10 +77,19 @@ class RemoteEngine:
         *,
         vocab: int,
         max_context: int | None = None,
+        sync: Sync = "disk",
+        in_flight: InFlight | None = None,
         sync_folder: Path | None = None,
         entropy: bool = False,
     ) -> RemoteEngine:
-        """Ask every server what it is. Raises `UsageError` where they differ or serve shorter contexts than wanted."""
+        """Ask every server what it is. Raises `UsageError` where they differ, serve shorter contexts than wanted or
+        cannot take weights by `sync`. `in_flight`: what becomes of running requests at an update (None: retract; with
+        adapters they end as they began)."""
+        if sync == "adapter" and in_flight is not None:
+            raise UsageError(
+                f"engine.in_flight is {in_flight}, but with engine.sync=adapter running requests end under the adapter "
+                "that they began with; remove engine.in_flight"
+            )
         found = await asyncio.gather(*(server.info() for server in servers))
         shortest = min(found, key=lambda info: info.max_context)
         if max_context is not None and max_context > shortest.max_context:
@@ -87,9 +105,10 @@ class RemoteEngine:
             score_temperature=False,
             truncation=all(info.truncation for info in found),
             cache_block=max(info.cache_block for info in found),
+            in_flight="finish" if sync == "adapter" else in_flight or "retract",
             max_context=max_context or shortest.max_context,
         )
-        return cls(servers, capabilities, vocab=vocab, sync_folder=sync_folder)
+        return cls(servers, capabilities, vocab=vocab, sync=sync, sync_folder=sync_folder)
 
     # -- generating ------------------------------------------------------------------------------------------------
 
@@ -191,26 +210,40 @@ class RemoteEngine:
 
     async def pause(self) -> None:
         self._open.clear()
-        await asyncio.gather(*(server.pause() for server in self.servers))
+        await asyncio.gather(*(server.pause(self._in_flight) for server in self.servers))
 
     async def resume(self) -> None:
         await asyncio.gather(*(server.resume() for server in self.servers))
         self._open.set()
 
-    async def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | str, version: int
-    ) -> None:
-        """Pause, load, go on: in this order, or a server would mix keys and values of two versions."""
-        folder = Path(weights) if isinstance(weights, str) else await asyncio.to_thread(self._write, weights, version)
-        held = self._open.is_set()
-        if held:
-            await self.pause()
-        try:
-            await asyncio.gather(*(server.load(folder, version) for server in self.servers))
-        finally:
-            if held:
-                await self.resume()
-        self.version = version
+    async def update_weights(self, weights: Weights, version: int) -> None:
+        """Pause, send, go on: in this order, or a server would mix keys and values of two versions.
+
+        Adapters need no pause: running requests end under theirs. Raises `UsageError` for weights that do not fit and
+        `InfraError` where a server did not take them. The engine then stays paused, for its servers may hold two
+        versions: the next update that ends well sets it going again.
+        """
+        async with self._updating:
+            if self.capabilities.in_flight == "finish":
+                await self._sync.send(self.servers, weights, version)
+            else:
+                goes_on = self._open.is_set() or self._failed
+                if goes_on:
+                    await self.pause()
+                self._failed = goes_on
+                await self._sync.send(self.servers, weights, version)
+                self._failed = False
+                if goes_on:
+                    await self.resume()
+            self.version = version
+
+    async def catch_up(self, server: ModelServer) -> None:
+        """Bring a server that was started again, and so has its first weights, to the present version."""
+        async with self._updating:
+            await server.pause(self._in_flight)
+            await self._sync.catch_up(server)
+            if self._open.is_set():
+                await server.resume()
 
     async def sleep(self) -> None:
         await asyncio.gather(*(server.sleep() for server in self.servers))
@@ -229,27 +262,10 @@ class RemoteEngine:
         }
 
     async def close(self) -> None:
+        await self._sync.close()
         await asyncio.gather(*(server.close() for server in self.servers))
         if self._own_folder:
             await asyncio.to_thread(shutil.rmtree, self._folder, True)
-
-    def _write(self, weights: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor], version: int) -> Path:
-        """The weights as safetensors, in a folder that no reader sees half-written; the one before stays."""
-        from safetensors.torch import save_file
-
-        named = weights.items() if isinstance(weights, Mapping) else weights
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
-        folder = self._folder / f"version-{version}"
-        draft = self._folder / f"draft-{version}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-        for old in self._folder.glob("version-*"):
-            if old.name not in (folder.name, f"version-{self.version}"):
-                shutil.rmtree(old, ignore_errors=True)
-        return folder
 
     def _check(self, ids: Ids, what: str) -> None:
         if not ids.size:
