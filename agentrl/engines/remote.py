@@ -58,7 +58,8 @@ class RemoteEngine:
         self._sync = sync_of(sync, self.servers, self._folder)
         self._in_flight: InFlight = "in_place" if capabilities.in_flight == "in_place" else "retract"
         self._updating = asyncio.Lock()
-        self._failed = False  # an update did, and left the engine paused
+        self._owing = False  # the next update sets the engine going: one failed, or it was asleep
+        self._dozed = False
         self._homes: dict[str, ModelServer] = {}  # group, and session -> its server
         self._groups: dict[str, int] = {}  # how many sessions a group has open
         self._of: dict[str, str] = {}  # session -> group
@@ -227,12 +228,12 @@ class RemoteEngine:
             if self.capabilities.in_flight == "finish":
                 await self._sync.send(self.servers, weights, version)
             else:
-                goes_on = self._open.is_set() or self._failed
+                goes_on = self._open.is_set() or self._owing
                 if goes_on:
                     await self.pause()
-                self._failed = goes_on
+                self._owing = goes_on
                 await self._sync.send(self.servers, weights, version)
-                self._failed = False
+                self._owing = False
                 if goes_on:
                     await self.resume()
             self.version = version
@@ -246,10 +247,18 @@ class RemoteEngine:
                 await server.resume()
 
     async def sleep(self) -> None:
+        """Running requests wait. With weights, a sleep may lose them: only an update after `wake` sets the engine going
+        again, if it was; with adapters `wake` does."""
+        self._dozed = self._open.is_set()
+        self._open.clear()
         await asyncio.gather(*(server.sleep() for server in self.servers))
 
     async def wake(self) -> None:
         await asyncio.gather(*(server.wake() for server in self.servers))
+        if self._dozed and self.capabilities.in_flight == "finish":
+            await self.resume()
+        elif self._dozed:
+            self._owing = True
 
     async def health(self) -> dict[str, Any]:
         reports = await asyncio.gather(*(server.health() for server in self.servers))

@@ -67,11 +67,13 @@ class ModelServer(Protocol):
         ...
 
     async def sleep(self) -> None:
-        """Give the accelerator's memory back: `pause` first. Harmless where the server has none to give. What is
-        cached is lost, the weights may be: update them after `wake`."""
+        """Give the accelerator's memory back, and pause. Harmless where there is none to give. What is cached is lost,
+        and the weights may be. Raises `UsageError` where the server was not started for it."""
         ...
 
-    async def wake(self) -> None: ...
+    async def wake(self) -> None:
+        """Take the memory again; the server stays paused, for it may need its weights first."""
+        ...
 
     async def health(self) -> dict[str, Any]:
         """A small report: running and waiting requests."""

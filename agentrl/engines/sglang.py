@@ -213,6 +213,7 @@ class SGLangServer:
         )
 
     async def sleep(self) -> None:
+        await self.pause()  # retracted: a request that still holds memory would end the whole server
         await self._http.post("/release_memory_occupation", {})
 
     async def wake(self) -> None:

@@ -156,10 +156,17 @@ class VLLMServer:
         return self._adapters.using(name)
 
     async def sleep(self) -> None:
-        await self._http.post("/sleep?level=1&mode=keep")
+        try:
+            await self._http.post("/sleep?level=1&mode=keep")
+        except Refused as refused:
+            raise UsageError(
+                f"the vLLM server at {self.url} does not sleep: {refused.said}; start it with "
+                "--enable-sleep-mode, or give the trainer another accelerator"
+            ) from refused
 
     async def wake(self) -> None:
         await self._http.post("/wake_up")
+        await self.pause()  # waking sets it going again
 
     async def health(self) -> dict[str, Any]:
         text = await self._http.text("/metrics", seconds=10)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime
-import importlib
 import io
 import ipaddress
 import itertools
@@ -404,16 +403,16 @@ def handles(bucket: Bucket, flat: torch.Tensor) -> bytes:
     between the two, and ends an SGLang server. CUDA devices are named by their id, for the other process may count
     them differently (it understands both). Nothing of the pickle names a class that is not torch's own.
     """
-    sharing: Any = importlib.import_module("torch.multiprocessing")
+    import torch.multiprocessing as sharing
 
     sink = io.BytesIO()
     with _SHARING:
-        before = sharing.get_sharing_strategy()
-        sharing.set_sharing_strategy("file_system")
+        before = sharing.get_sharing_strategy()  # type: ignore[no-untyped-call]
+        sharing.set_sharing_strategy("file_system")  # type: ignore[no-untyped-call]
         try:
             _Pickler(sink).dump(views(bucket, flat))
         finally:
-            sharing.set_sharing_strategy(before)
+            sharing.set_sharing_strategy(before)  # type: ignore[no-untyped-call]
     return sink.getvalue()
 
 
