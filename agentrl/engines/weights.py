@@ -17,7 +17,7 @@ import secrets
 import shutil
 import socket
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, TypeVar, cast, get_args
@@ -37,6 +37,7 @@ Weights: TypeAlias = "Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Te
 BUCKET_BYTES = 512 * 2**20
 JOIN_SECONDS = 60.0
 SEND_SECONDS = 300.0  # for one bucket
+SETTLE_SECONDS = 30.0  # for what should be tidied up after a failure
 _SHARING = threading.Lock()  # torch's sharing strategy is one for the whole process
 
 
@@ -472,27 +473,30 @@ class Group:
 
     def __init__(self, name: str, group: ProcessGroup, store: object) -> None:
         self.name = name
-        self._group = group
-        self._store = store  # others keep asking it as long as the group lives
+        self._held: tuple[ProcessGroup, object] | None = (group, store)  # others ask the store as long as it lives
 
     def broadcast(self, flat: torch.Tensor, seconds: float) -> None:
         """Blocks until it is sent. Raises `InfraError` where that fails or takes longer than `seconds`."""
         from torch.distributed import BroadcastOptions
 
+        if self._held is None:
+            raise InfraError("the group that weights are broadcast to has ended")
         options = BroadcastOptions()
         options.rootRank = 0
         try:
-            self._group.broadcast([flat], options).wait(datetime.timedelta(seconds=seconds))
+            self._held[0].broadcast([flat], options).wait(datetime.timedelta(seconds=seconds))
         except RuntimeError as error:
             raise InfraError(f"weights could not be broadcast to the servers: {_first_line(error)}") from error
 
     def end(self) -> None:
+        """Members that wait for a broadcast hear of it when the connections close, which the last reference does."""
         import torch.distributed as dist
 
-        with contextlib.suppress(RuntimeError):  # it broke: nothing is left to end
-            self._group.abort()
-        with contextlib.suppress(RuntimeError, ValueError):
-            dist.destroy_process_group(self._group)
+        held, self._held = self._held, None
+        if held is not None:
+            with contextlib.suppress(RuntimeError, ValueError):  # it broke: nothing is left to end
+                held[0].abort()
+                dist.destroy_process_group(held[0])
 
 
 class Door:
@@ -592,8 +596,13 @@ async def _all(calls: Iterable[Awaitable[None]]) -> None:
             raise outcome
 
 
-async def _settle(calls: Iterable[Awaitable[None]]) -> None:
-    """All of them; servers that are gone, or refuse, are no matter here."""
-    for outcome in await asyncio.gather(*calls, return_exceptions=True):
-        if isinstance(outcome, BaseException) and not isinstance(outcome, InfraError | UsageError):
-            raise outcome
+async def _settle(calls: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """All of them, for a while; servers that are gone, hang or refuse are no matter here."""
+    tasks = [asyncio.ensure_future(call) for call in calls]
+    if tasks:
+        done, late = await asyncio.wait(tasks, timeout=SETTLE_SECONDS)
+        for task in late:
+            task.cancel()
+        for error in [task.exception() for task in done]:
+            if error is not None and not isinstance(error, InfraError | UsageError):
+                raise error
