@@ -261,6 +261,9 @@ class DistributedSync(PieceSync):
 
     async def _meet(self, takers: Sequence[TakesTensors], backend: str) -> None:
         await self._disband()
+        # All must be there before any is asked to wait for the others.
+        for taker, ranks in zip(takers, await asyncio.gather(*(taker.ranks() for taker in takers)), strict=True):
+            self._ranks[taker.url] = ranks
         world = 1 + sum(self._ranks[taker.url] for taker in takers)
         host = address_for([taker.url for taker in takers])
         door = Door(host, backend, world, self._join_seconds)
@@ -509,29 +512,32 @@ class Door:
         self._backend, self._world = backend, world
         self._limit = datetime.timedelta(seconds=seconds)
         # Sockets of ours are bound to the address that servers know us by.
-        self._store = TCPStore(host, 0, world, True, self._limit, wait_for_workers=False)
-        self.port = int(self._store.port)
+        store = TCPStore(host, 0, world, True, self._limit, wait_for_workers=False)
+        self._store: TCPStore | None = store
+        self.port = int(store.port)
 
     def open(self) -> Group:
         """Blocks until all have joined. Raises `InfraError` where they do not."""
         from torch.distributed import distributed_c10d as c10d
 
+        store, self._store, group = self._store, None, None
+        assert store is not None, "a door is opened once"
         try:
             group, _ = c10d._new_process_group_helper(  # as servers do, whose own keys in the store it must match
                 self._world,
                 0,
                 [],
                 c10d.Backend(self._backend),
-                c10d.PrefixStore(self.name, self._store),
+                c10d.PrefixStore(self.name, store),
                 group_name=cast(Any, self.name),
                 timeout=self._limit,
             )
         except RuntimeError as error:
-            raise InfraError(
-                f"servers did not join the group that weights are broadcast to: {_first_line(error)}"
-            ) from error
+            said = _first_line(error)
+        if group is None:  # here, without the error: its traceback would hold the store, on which others still wait
+            raise InfraError(f"servers did not join the group that weights are broadcast to: {said}")
         c10d._world.pg_group_ranks[group] = {rank: rank for rank in range(self._world)}
-        return Group(self.name, group, self._store)
+        return Group(self.name, group, store)
 
 
 def address_for(urls: Sequence[str]) -> str:

@@ -98,7 +98,7 @@ class Member:
         }
 
     async def ranks(self) -> int:
-        return 1
+        return int(await self._ask(call="ranks"))
 
     async def open_update(self) -> None:
         self.calls.append("open")
@@ -345,6 +345,8 @@ class Shelf:
         self.loaded.append(name)
 
     async def unload_adapter(self, name: str) -> None:
+        if name not in self.loaded:
+            raise InfraError(f"there is no {name}")
         self.loaded.remove(name)
 
     def use(self, name: str, version: int) -> None:
