@@ -309,7 +309,8 @@ class AdapterSync:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._loaded: dict[str, list[str]] = {}  # by server: names, the present one last
-        self._sent: tuple[str, Path, int] | None = None
+        self._takers: dict[str, TakesAdapters] = {}
+        self._sent: tuple[Path, int] | None = None
 
     async def send(self, servers: Sequence[ModelServer], weights: Weights, version: int) -> None:
         if not isinstance(weights, str) or not (Path(weights) / "adapter_config.json").is_file():
@@ -317,7 +318,7 @@ class AdapterSync:
                 "engine.sync=adapter takes a folder that peft wrote (with adapter_config.json): train with model.lora "
                 "and hand over what Policy.save_hf(folder, merge=False) writes, or set engine.sync to disk"
             )
-        name = f"version-{version}-{secrets.token_hex(4)}"
+        name = _adapter_name(version)
         kept = self._folder / name
         await asyncio.to_thread(_copy_adapter, Path(weights), kept)
         takers = [cast(TakesAdapters, server) for server in servers]
@@ -327,26 +328,29 @@ class AdapterSync:
             await _settle(taker.unload_adapter(name) for taker in takers)
             await asyncio.to_thread(shutil.rmtree, kept, True)
             raise
-        self._sent = name, kept, version
+        self._sent = kept, version
         for taker in takers:
             taker.use(name, version)
+            self._takers[taker.url] = taker
             self._loaded.setdefault(taker.url, []).append(name)
             await self._sweep(taker)
-        held = {old for names in self._loaded.values() for old in names}
+        held = {name} | {old for names in self._loaded.values() for old in names}
         for folder in self._folder.glob("version-*"):
             if folder.name not in held:
                 await asyncio.to_thread(shutil.rmtree, folder, True)
 
     async def catch_up(self, server: ModelServer) -> None:
         if self._sent is not None:
-            name, folder, version = self._sent
+            folder, version = self._sent
             taker = cast(TakesAdapters, server)
+            name = _adapter_name(version)  # a new one, should it know the old one after all
             await taker.load_adapter(name, folder)
             taker.use(name, version)
-            self._loaded[server.url] = [name]
+            self._takers[taker.url], self._loaded[taker.url] = taker, [name]
 
     async def close(self) -> None:
-        """Adapters stay where they are, for the servers may go on."""
+        """Servers that go on do so without our adapters."""
+        await _settle(taker.unload_adapter(name) for url, taker in self._takers.items() for name in self._loaded[url])
 
     async def _sweep(self, taker: TakesAdapters) -> None:
         """Unload what no request uses."""
@@ -459,6 +463,11 @@ def _read(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 - it is no dictionary
                 yield name, opened.get_tensor(name)
+
+
+def _adapter_name(version: int) -> str:
+    """Never the same twice: servers cache keys and values under it."""
+    return f"version-{version}-{secrets.token_hex(4)}"
 
 
 def _copy_adapter(source: Path, target: Path) -> None:
