@@ -50,7 +50,7 @@ def write_model(folder: Path) -> None:
         initializer_range=0.1,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=2,
+        eos_token_id=None,  # or servers end long requests before they can be aborted
         pad_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
@@ -60,7 +60,7 @@ def write_model(folder: Path) -> None:
     words = {f"<{n}>": n for n in range(VOCAB)}
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<0>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<2>", pad_token="<0>")
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<0>")
     fast.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     fast.save_pretrained(folder)
 
