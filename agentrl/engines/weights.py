@@ -131,6 +131,7 @@ class PieceSync:
         self._copy: dict[str, torch.Tensor] = {}
         self._version: int | None = None
         self._ranks: dict[str, int] = {}  # by server
+        self._memory: list[torch.Tensor] = []  # of two buckets: new memory costs more than copies
 
     async def send(self, servers: Sequence[ModelServer], weights: Weights, version: int) -> None:
         self._version = None  # the copy is a mixture until the end
@@ -143,7 +144,7 @@ class PieceSync:
             await self._send([server], self._copy.items(), self._version)
 
     async def close(self) -> None:
-        self._copy = {}
+        self._copy, self._memory = {}, []
 
     async def _send(
         self, servers: Sequence[ModelServer], weights: Iterable[tuple[str, torch.Tensor]], version: int
@@ -155,7 +156,7 @@ class PieceSync:
         await self._ready(takers)
         await _all(taker.open_update() for taker in takers)
         try:
-            pieces = buckets(weights, self._bytes)
+            pieces = buckets(weights, self._bytes, self._room)
             piece = await asyncio.to_thread(next, pieces, None)
             while piece is not None:
                 after = await asyncio.to_thread(next, pieces, None)
@@ -173,6 +174,14 @@ class PieceSync:
         self, takers: Sequence[TakesTensors], bucket: Bucket, flat: torch.Tensor, version: int | None
     ) -> None:
         raise NotImplementedError
+
+    def _room(self, size: int, device: torch.device) -> torch.Tensor:
+        """Memory of a bucket that was sent before, where it is large enough."""
+        used = self._memory.pop(0) if len(self._memory) > 1 else None
+        if used is None or used.device != device or used.numel() < size:
+            used = new_room(size, device)
+        self._memory.append(used)
+        return used[:size]
 
     def _copied(self, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         """The weights; on the way they are copied to `_copy`."""
@@ -373,10 +382,20 @@ def named(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor.detach()
 
 
-def buckets(weights: Iterable[tuple[str, torch.Tensor]], most: int) -> Iterator[tuple[Bucket, torch.Tensor]]:
+def new_room(size: int, device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def buckets(
+    weights: Iterable[tuple[str, torch.Tensor]],
+    most: int,
+    room: Callable[[int, torch.device], torch.Tensor] = new_room,
+) -> Iterator[tuple[Bucket, torch.Tensor]]:
     """The weights in order, in arrays [bytes] of at most `most` bytes or of one tensor, each of one dtype and device.
 
-    Every array is new, so that none of the trainer's own memory is ever shared.
+    `room` gives the memory for so many bytes, never the trainer's own: that is not to be shared.
     """
     held: list[tuple[str, torch.Tensor]] = []
     size = 0
@@ -384,12 +403,12 @@ def buckets(weights: Iterable[tuple[str, torch.Tensor]], most: int) -> Iterator[
         first = held[0][1] if held else tensor
         differs = (tensor.dtype, tensor.device) != (first.dtype, first.device)
         if held and (differs or size + tensor.nbytes > most):
-            yield _flat(held)
+            yield _flat(held, room)
             held, size = [], 0
         held.append((name, tensor))
         size += tensor.nbytes
     if held:
-        yield _flat(held)
+        yield _flat(held, room)
 
 
 def views(bucket: Bucket, flat: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
@@ -436,7 +455,9 @@ class _Pickler(ForkingPickler):
         return rebuild, (*made[:device], str(torch.cuda.get_device_properties(made[device]).uuid), *made[device + 1 :])
 
 
-def _flat(held: Sequence[tuple[str, torch.Tensor]]) -> tuple[Bucket, torch.Tensor]:
+def _flat(
+    held: Sequence[tuple[str, torch.Tensor]], room: Callable[[int, torch.device], torch.Tensor]
+) -> tuple[Bucket, torch.Tensor]:
     import torch
 
     first = held[0][1]
@@ -445,7 +466,7 @@ def _flat(held: Sequence[tuple[str, torch.Tensor]]) -> tuple[Bucket, torch.Tenso
         str(first.dtype).removeprefix("torch."),
         tuple(tuple(tensor.shape) for _, tensor in held),
     )
-    flat = torch.empty(sum(tensor.nbytes for _, tensor in held), dtype=torch.uint8, device=first.device)
+    flat = room(sum(tensor.nbytes for _, tensor in held), first.device)
     for (_, view), (_, tensor) in zip(views(bucket, flat), held, strict=True):
         view.copy_(tensor)
     if flat.is_cuda:
