@@ -94,6 +94,8 @@ class Served:
         model = self.plain()
         exam = Exam.of(engine, model, VOCAB)
         if sync == "adapter":
+            async with self.engine("disk") as base:  # other tests leave other weights
+                await base.update_weights(exam.first, 0)
             model.load_state_dict(self.merged[0], strict=False)
             exam = Exam(engine, model, VOCAB, 1e-5, self.merged[1], self.merged[0], self.adapters)
         await exam.update(0)
