@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from agentrl.content import Image
 from agentrl.trajectory import Entropy, FinishReason, Floats, Ids, Sampling, VersionRun
 
 if TYPE_CHECKING:
     import torch
+
+InFlight: TypeAlias = Literal["retract", "in_place"]
+"""What becomes of running requests at an update, and so what their later log-probs mean.
+
+`retract`: their keys and values are dropped and computed anew, so every log-prob is that of one forward pass under the
+weights that its token names. `in_place`: they go on over the keys and values that older weights left. A later log-prob
+is then that of the distribution its token was really drawn from (new weights attending to old keys and values: the
+behaviour policy's own, fit for an importance ratio), but no forward pass of any one set of weights gives it again.
+"""
+Crossing: TypeAlias = Literal[InFlight, "finish"]
+"""`finish`: they end under the weights that they began with (adapters)."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,7 +66,8 @@ class Generation:
 class Capabilities:
     """What an engine can do; checked when the configuration is read. `forced`: it takes `Request.forced`.
     `score_temperature`: it scores at other temperatures than 1. `truncation`: it takes top-k and top-p. `cache_block`:
-    tokens that its prefix cache keeps together. `max_context` 0: it has no limit of its own."""
+    tokens that its prefix cache keeps together. `in_flight`: what becomes of running requests at an update.
+    `max_context` 0: it has no limit of its own."""
 
     token_ids: bool = True
     logprobs: bool = True
@@ -67,6 +79,7 @@ class Capabilities:
     score_temperature: bool = True
     truncation: bool = True
     cache_block: int = 1
+    in_flight: Crossing = "retract"
     max_context: int = 0
 
 

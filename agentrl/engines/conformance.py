@@ -2,6 +2,7 @@
 
 Each check is a coroutine that takes an `Exam` and returns what it measured, in words; it raises `AssertionError` with a
 sentence where the engine is wrong. The exam changes the engine's weights and puts the first ones back at the end.
+What the engine itself says that it cannot do (`Capabilities`) is checked to be so, and no failure.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class Exam:
     """An engine that serves `model`'s weights as version 0, and what it is compared with.
 
     `tolerance`: largest difference of two log-probs, in nats: 1e-5 for fp32. `first`: the model's own weights;
-    `others`: a second set, far enough from them to tell the two apart.
+    `others`: a second set, far enough from them to tell the two apart. `folders`: the same two as folders, for an
+    engine that is not sent tensors but adapters.
     """
 
     engine: Engine
@@ -37,6 +39,7 @@ class Exam:
     tolerance: float = 1e-5
     others: Mapping[str, torch.Tensor] = field(default_factory=dict)
     first: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    folders: tuple[str, str] | None = None
     rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     @classmethod
@@ -77,6 +80,13 @@ class Exam:
         finally:
             if not session:
                 await self.engine.release(name)
+
+    async def update(self, version: int) -> None:
+        """Give the engine the first weights as version 0, or the second as version 1."""
+        if self.folders is None:
+            await self.engine.update_weights((self.first, self.others)[version], version)
+        else:
+            await self.engine.update_weights(self.folders[version], version)
 
     def compare(self, ids: Ids, reply: Generation, temperature: float = 1.0, *, second: bool = False) -> float:
         """How far a reply's log-probs are from the forward pass. Raises `AssertionError` where that is too far."""
@@ -323,7 +333,7 @@ async def stale_cache(exam: Exam) -> str:
     await exam.sample(ids)
     apart = float(np.abs(exam.reference(ids, 1) - exam.reference(ids, 1, second=True)).max())
     must(apart > FAR, f"the two sets of weights differ by {apart:.2g} nats only; this model cannot tell them apart")
-    await exam.engine.update_weights(exam.others, 1)
+    await exam.update(1)
     try:
         reply = await exam.sample(ids)
         worst = exam.compare(ids, reply, second=True)
@@ -334,32 +344,66 @@ async def stale_cache(exam: Exam) -> str:
             "scores are not those of the new weights",
         )
     finally:
-        await exam.engine.update_weights(exam.first, 0)
+        await exam.update(0)
     exam.compare(ids, await exam.sample(ids))
     return f"new weights to {worst:.1e}, {apart:.2g} nats from the old"
 
 
 async def update_while_serving(exam: Exam) -> str:
-    """Each token says under which weights it was sampled, and its log-prob is theirs."""
+    """Each token says under which weights it was sampled, and its log-prob is theirs.
+
+    Where requests keep their keys and values (`in_place`) that holds up to the update only, and for later requests; how
+    far the rest is from a forward pass is said. Where they end as they began (`finish`) none crosses it.
+    """
     long = replace(PLAIN, max_tokens=min(200, exam.engine.capabilities.max_context - 20))
     prompts = [exam.prompt(16) for _ in range(12)]
     running = [asyncio.ensure_future(exam.sample(ids, long, f"exam-flight-{n}")) for n, ids in enumerate(prompts)]
     await _until(exam, 6)
-    await exam.engine.update_weights(exam.others, 1)
+    await exam.update(1)
+    late = await exam.sample(prompts[0])
     replies = await asyncio.gather(*running)
-    await exam.engine.update_weights(exam.first, 0)
+    await exam.update(0)
     await asyncio.gather(*(exam.engine.release(f"exam-flight-{n}") for n in range(len(prompts))))
-    worst, crossed = 0.0, 0
+    exam.compare(prompts[0], late, second=True)
+    worst, mixed, crossed = 0.0, 0.0, 0
     for ids, reply in zip(prompts, replies, strict=True):
         whole = as_ids(np.concatenate([ids, reply.ids]))
         both = [exam.reference(whole, ids.size, second=second) for second in (False, True)]
-        for run in reply.versions:
+        for n, run in enumerate(reply.versions):
             gap = np.abs(reply.logprobs - both[run.version == 1])[run.start : run.stop]
-            worst = max(worst, float(gap.max(initial=0.0)))
+            far = float(gap.max(initial=0.0))
+            if n and exam.engine.capabilities.in_flight == "in_place":
+                mixed = max(mixed, far)
+            else:
+                worst = max(worst, far)
         crossed += len(reply.versions) > 1
     must(worst <= exam.tolerance, f"a token's log-prob is {worst:.2g} away from that of the weights it names")
+    if exam.engine.capabilities.in_flight == "finish":
+        must(not crossed, f"{crossed} requests changed their weights, though the engine says that none does")
+        must(all(run.version == 0 for reply in replies for run in reply.versions), "old requests name new weights")
+        return f"{len(prompts)} ended under the weights they began with, largest difference {worst:.1e}"
     must(crossed > 0, "no request was running while the weights changed, or none says so")
-    return f"{crossed} of {len(prompts)} crossed the update, largest difference {worst:.1e}"
+    said = f"{crossed} of {len(prompts)} crossed the update, largest difference {worst:.1e}"
+    return f"{said}; over older keys and values {mixed:.2g} from a forward pass" if mixed else said
+
+
+async def sleeping(exam: Exam) -> str:
+    """Asleep while the trainer steps, woken, given new weights: exact, and nothing of before is used."""
+    ids = exam.prompt(30)
+    before = await exam.sample(ids)
+    exam.compare(ids, before)
+    await exam.engine.pause()
+    try:
+        await exam.engine.sleep()
+        await exam.engine.wake()
+        await exam.update(1)
+    finally:
+        await exam.engine.resume()
+    try:
+        worst = exam.compare(ids, await exam.sample(ids), second=True)
+    finally:
+        await exam.update(0)
+    return f"new weights to {worst:.1e}, the first again to {exam.compare(ids, await exam.sample(ids)):.1e}"
 
 
 async def _until(exam: Exam, running: int) -> None:
@@ -390,4 +434,5 @@ CHECKS: dict[str, Callable[[Exam], Awaitable[str]]] = {
     "pause and resume": pausing,
     "stale keys and values": stale_cache,
     "update while serving": update_while_serving,
+    "sleep and wake": sleeping,
 }

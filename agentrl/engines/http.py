@@ -56,6 +56,10 @@ class Http:
         """The reply's JSON, None where it is empty. `seconds`: of silence; None waits as long as it takes."""
         return await self._ask("POST", path, body, seconds)
 
+    async def tell(self, path: str, body: dict[str, Any], *, seconds: float = CONTROL_SECONDS) -> None:
+        """A POST whose reply says no more than that it was done."""
+        await self._reply("POST", path, body, seconds)
+
     async def close(self) -> None:
         await self._client.aclose()
 

@@ -128,6 +128,8 @@ class Keeper:
             except Refused:
                 return None  # it speaks
             except InfraError as error:
+                if self.engine.updating:
+                    silent = time.monotonic()
                 seconds = time.monotonic() - silent
                 if seconds >= self._patience:
                     return f"no sign of life for {seconds:.0f} s ({error})"

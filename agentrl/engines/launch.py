@@ -34,6 +34,9 @@ START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 LOOPBACK = "127.0.0.1"
 _READY = {"sglang": "/model_info", "vllm": "/health"}  # SGLang's /health generates a token
+LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ADAPTERS = 4  # that one batch may hold: the present version, and those that running requests began with
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # it takes no other as --max-lora-rank
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 _CAUSE = re.compile(r"(\w+Error|Exception|error:)[^\n]*")
 
@@ -42,8 +45,9 @@ _CAUSE = re.compile(r"(\w+Error|Exception|error:)[^\n]*")
 class Launch:
     """How one server is started.
 
-    `python`: that of the server's own environment. `cores`: those that a server on a CPU computes on. `flags` come
-    last, and so override what stands here.
+    `python`: that of the server's own environment. `cores`: those that a server on a CPU computes on. `lora_rank`:
+    that of the largest adapter it takes (0: none), on the modules whose names end in `lora_targets` (vLLM: on any).
+    `flags` come last, and so override what stands here.
     """
 
     kind: Kind
@@ -55,6 +59,8 @@ class Launch:
     seed: int = 0
     cores: tuple[int, ...] = ()
     memory_fraction: float = 0.85
+    lora_rank: int = 0
+    lora_targets: tuple[str, ...] = LORA_TARGETS
     flags: tuple[str, ...] = ()
 
     @property
@@ -75,11 +81,13 @@ class Launch:
             added["OMP_NUM_THREADS"] = threads
             if self.kind == "sglang":
                 added |= {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": bound}
+                added |= {"AGENTRL_PAGEABLE": "1"} if self.lora_rank else {}
                 paths.append(SHIMS / "sglang_cpu")
             else:
                 added |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bound}
         if self.kind == "vllm":
             added |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
+            added |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.lora_rank else {}
             paths.append(SHIMS / "vllm")
         if paths:
             added["PYTHONPATH"] = os.pathsep.join(map(str, paths))
@@ -90,10 +98,16 @@ def _sglang(launch: Launch) -> Sequence[str]:
     words = ["-m", "sglang.launch_server", "--model-path", str(launch.model), "--host", LOOPBACK]
     words += ["--port", str(launch.port), "--dtype", launch.dtype, "--random-seed", str(launch.seed)]
     words += ["--skip-server-warmup", "--sleep-on-idle"]
+    if launch.lora_rank:
+        words += ["--enable-lora", "--max-lora-rank", str(launch.lora_rank), "--max-loras-per-batch", str(ADAPTERS)]
+        words += ["--lora-target-modules", *launch.lora_targets]
+        words += ["--lora-backend", "torch_native"] if launch.device == "cpu" else []
     if launch.device == "cpu":
         words += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         words += ["--grammar-backend", "none", "--disable-overlap-schedule"]
         return [*words, "--mem-fraction-static", "0.1", "--max-total-tokens", "65536"]
+    if launch.lora_rank:
+        words += ["--enable-weights-cpu-backup"]  # no update brings the base model back after a sleep
     return [*words, "--mem-fraction-static", f"{launch.memory_fraction:g}", "--enable-memory-saver"]
 
 
@@ -103,6 +117,14 @@ def _vllm(launch: Launch) -> Sequence[str]:
     words += ["--logprobs-mode=processed_logprobs", "--enable-scale-out", "--enable-prompt-tokens-details"]
     words += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
     words += ["--worker-extension-cls=agentrl_weights.Extension", '--weight-transfer-config={"backend": "agentrl"}']
+    if launch.lora_rank:
+        rank = next((rank for rank in _VLLM_RANKS if rank >= launch.lora_rank), launch.lora_rank)
+        words += [
+            "--enable-lora",
+            f"--max-lora-rank={rank}",
+            f"--max-loras={ADAPTERS}",
+            f"--max-cpu-loras={2 * ADAPTERS}",
+        ]
     if launch.device == "cpu":
         return [*words, "--block-size=32"]
     return [*words, f"--gpu-memory-utilization={launch.memory_fraction:g}", "--enable-sleep-mode"]

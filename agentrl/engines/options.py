@@ -11,8 +11,9 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from agentrl.engines import InFlight
+
 Sync: TypeAlias = Literal["disk", "tensor", "distributed", "adapter"]
-InFlight: TypeAlias = Literal["retract", "in_place"]
 
 
 class Options(BaseModel):
@@ -58,8 +59,8 @@ class ServerOptions(Options):
     top_logprobs: int = Field(default=0, ge=0, le=64, description="entropies from so many likeliest tokens; 0: none")
     sync: Sync = "disk"
     sync_folder: str | None = Field(default=None, description="where weights are written; servers must see it too")
-    in_flight: InFlight = Field(
-        default="retract", description="requests that an update meets: their cache is computed anew, or kept"
+    in_flight: InFlight | None = Field(
+        default=None, description="requests that an update meets: their cache is computed anew (retract), or kept"
     )
     sleep: bool = Field(default=False, description="give the accelerator to the trainer during its updates")
     patience: float = Field(default=60.0, gt=0)
@@ -81,6 +82,10 @@ class ServerOptions(Options):
                 raise ValueError(f"urls: {url!r} is no URL; write it as http://host:port")
         if len(set(self.urls)) < len(self.urls):
             raise ValueError("urls names a server twice; name each once")
+        if self.sync == "adapter" and self.in_flight is not None:
+            raise ValueError(
+                "with sync: adapter running requests end under the adapter they began with; remove in_flight"
+            )
         if self.sync_folder is not None and self.sync not in ("disk", "adapter"):
             raise ValueError(f"sync_folder does nothing with sync: {self.sync}; remove it, or choose sync: disk")
         return self

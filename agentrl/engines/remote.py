@@ -13,25 +13,25 @@ import itertools
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from agentrl.engines import Capabilities, EngineStats, Generation, Request
+from agentrl.engines import Capabilities, EngineStats, Generation, InFlight, Request
 from agentrl.engines.http import Refused
+from agentrl.engines.options import Sync
 from agentrl.engines.routes import Routes
 from agentrl.engines.servers import ModelServer
+from agentrl.engines.weights import Weights, sync_of
 from agentrl.errors import AgentRLError, InfraError, RunFailed, UsageError
 from agentrl.trajectory import Floats, Ids
-
-if TYPE_CHECKING:
-    import torch
 
 Answer = TypeVar("Answer")
 TRIES = 6  # of one request, before its episode is told
 CONTROL_TRIES = 3  # of what all servers are asked
 BUSY = (408, 429)  # of the 4xx, those that say: later
 PAUSE_SECONDS = 0.2  # before the second try; each further one waits twice as long
+CONTROL_SECONDS = 10.0  # for a sign of life
 OUTAGE_SECONDS = 900.0  # without any server, after which the run fails
 
 
@@ -40,11 +40,18 @@ class RemoteEngine:
 
     Args:
         vocab: ids below this are the model's; no other is ever sent.
-        sync_folder: where weights are written for servers to read, a folder that they see too.
+        sync: how weights reach the servers (`agentrl.engines.weights`).
+        sync_folder: where weights and adapters are written for servers to read, a folder that they see too.
     """
 
     def __init__(
-        self, servers: Sequence[ModelServer], capabilities: Capabilities, *, vocab: int, sync_folder: Path | None = None
+        self,
+        servers: Sequence[ModelServer],
+        capabilities: Capabilities,
+        *,
+        vocab: int,
+        sync: Sync = "disk",
+        sync_folder: Path | None = None,
     ) -> None:
         if not servers:
             raise UsageError("an engine needs at least one server")
@@ -54,16 +61,19 @@ class RemoteEngine:
         self.max_context = capabilities.max_context
         self.stats = EngineStats()
         self.version = -1
-        self._present: Path | None = None
         self._own_folder = sync_folder is None
         self._folder = Path(tempfile.mkdtemp(prefix="agentrl-weights-")) if sync_folder is None else sync_folder
+        self._sync = sync_of(sync, self.servers, self._folder)
+        self._in_flight: InFlight = "in_place" if capabilities.in_flight == "in_place" else "retract"
+        self._updating = asyncio.Lock()
+        self._owing = False  # the next update sets the engine going: one failed, or it was asleep
+        self._dozed = False
         self._routes = Routes(self.servers)
         self._rids: dict[str, dict[str, ModelServer]] = {}  # session -> its running requests
         self._calls: dict[ModelServer, set[asyncio.Future[Any]]] = {server: set() for server in self.servers}
         self._aborted: set[str] = set()
         self._up = asyncio.Event()
         self._up.set()
-        self._updating = asyncio.Lock()
         self._lost_all: AgentRLError | None = None
         self.on_close: Callable[[], Coroutine[Any, Any, None]] | None = None  # what ends with the engine
         self._suspicions = {server: asyncio.Event() for server in self.servers}
@@ -79,10 +89,19 @@ class RemoteEngine:
         *,
         vocab: int,
         max_context: int | None = None,
+        sync: Sync = "disk",
+        in_flight: InFlight | None = None,
         sync_folder: Path | None = None,
         entropy: bool = False,
     ) -> RemoteEngine:
-        """Ask every server what it is. Raises `UsageError` where they differ or serve shorter contexts than wanted."""
+        """Ask every server what it is. Raises `UsageError` where they differ, serve shorter contexts than wanted or
+        cannot take weights by `sync`. `in_flight`: what becomes of running requests at an update (None: retract; with
+        adapters they end as they began)."""
+        if sync == "adapter" and in_flight is not None:
+            raise UsageError(
+                f"engine.in_flight is {in_flight}, but with engine.sync=adapter running requests end under the adapter "
+                "that they began with; remove engine.in_flight"
+            )
         found = await asyncio.gather(*(server.info() for server in servers))
         shortest = min(found, key=lambda info: info.max_context)
         if max_context is not None and max_context > shortest.max_context:
@@ -98,9 +117,10 @@ class RemoteEngine:
             score_temperature=False,
             truncation=all(info.truncation for info in found),
             cache_block=max(info.cache_block for info in found),
+            in_flight="finish" if sync == "adapter" else in_flight or "retract",
             max_context=max_context or shortest.max_context,
         )
-        return cls(servers, capabilities, vocab=vocab, sync_folder=sync_folder)
+        return cls(servers, capabilities, vocab=vocab, sync=sync, sync_folder=sync_folder)
 
     # -- generating ------------------------------------------------------------------------------------------------
 
@@ -228,6 +248,11 @@ class RemoteEngine:
             self._routes.down.pop(server, None)
             self._up.set()
 
+    @property
+    def updating(self) -> bool:
+        """Whether servers are taking weights, which may keep them from answering anything else."""
+        return self._updating.locked()
+
     def has_lost(self, server: ModelServer) -> bool:
         """Whether nothing is sent there now."""
         return server in self._routes.down
@@ -292,42 +317,71 @@ class RemoteEngine:
 
     async def pause(self) -> None:
         self._open.clear()
-        await self._all(lambda server: server.pause())
+        await self._all(lambda server: server.pause(self._in_flight))
 
     async def resume(self) -> None:
         await self._all(lambda server: server.resume())
         self._open.set()
 
-    async def update_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | str, version: int
-    ) -> None:
-        """Pause, load, go on: in this order, or a server would mix keys and values of two versions."""
+    async def update_weights(self, weights: Weights, version: int) -> None:
+        """Pause, send, go on: in this order, or a server would mix keys and values of two versions.
+
+        Adapters need no pause: running requests end under theirs. A server that dies of it is lost, and takes the
+        version when it is back. Raises `UsageError` for weights that do not fit and `InfraError` where a server lives
+        and did not take them. The engine then stays paused, for its servers may hold two versions: the next update that
+        ends well sets it going again.
+        """
         async with self._updating:
-            folder = (
-                Path(weights) if isinstance(weights, str) else await asyncio.to_thread(self._write, weights, version)
-            )
-            held = self._open.is_set()
-            if held:
+            goes_on = self.capabilities.in_flight != "finish" and (self._open.is_set() or self._owing)
+            if goes_on:
                 await self.pause()
-            self._present, self.version = folder, version
+            self._owing = goes_on
+            await self._send(weights if isinstance(weights, str | Mapping) else dict(weights), version)
+            self._owing = False
+            self.version = version
+            if goes_on:
+                await self.resume()
+
+    async def _send(self, weights: Weights, version: int) -> None:
+        """To all that are up; sent once more to the others where one died of it."""
+        for tries_left in range(len(self.servers) + CONTROL_TRIES - 1, -1, -1):
             try:
-                await self._all(lambda server: server.load(folder, version))
-            finally:
-                if held:
-                    await self.resume()
+                return await self._sync.send(self._routes.up, weights, version)
+            except InfraError:
+                if not (await self._lose_the_dead() or tries_left):
+                    raise
+            await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _lose_the_dead(self) -> bool:
+        """Whether any server that is up shows no sign of life; then it is lost."""
+        before = len(self._routes.up)
+        await self._all(lambda server: server.alive(CONTROL_SECONDS))
+        return len(self._routes.up) < before
+
+    async def catch_up(self, server: ModelServer) -> None:
+        """Bring a server that was started again, and so has its first weights, to the present version."""
+        async with self._updating:
+            await self._catch_up(server)
 
     async def _catch_up(self, server: ModelServer) -> None:
-        """A server that was started again has its first weights."""
-        if self._present is not None:
-            await server.pause()
-            await server.load(self._present, self.version)
+        await server.pause(self._in_flight)
+        await self._sync.catch_up(server)
+        if self._open.is_set():
             await server.resume()
 
     async def sleep(self) -> None:
+        """Running requests wait. With weights, a sleep may lose them: only an update after `wake` sets the engine going
+        again, if it was; with adapters `wake` does."""
+        self._dozed = self._open.is_set()
+        self._open.clear()
         await self._all(lambda server: server.sleep())
 
     async def wake(self) -> None:
         await self._all(lambda server: server.wake())
+        if self._dozed and self.capabilities.in_flight == "finish":
+            await self.resume()
+        elif self._dozed:
+            self._owing = True
 
     async def health(self) -> dict[str, Any]:
         reports = await self._all(lambda server: server.health())
@@ -341,30 +395,13 @@ class RemoteEngine:
         }
 
     async def close(self) -> None:
+        await self._sync.close()
         if self.on_close is not None:
             await self.on_close()
             self.on_close = None
         await asyncio.gather(*(server.close() for server in self.servers))
         if self._own_folder:
             await asyncio.to_thread(shutil.rmtree, self._folder, True)
-
-    def _write(self, weights: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor], version: int) -> Path:
-        """The weights as safetensors, in a folder that no reader sees half-written; the one before stays."""
-        from safetensors.torch import save_file
-
-        named = weights.items() if isinstance(weights, Mapping) else weights
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named}
-        folder = self._folder / f"version-{version}"
-        draft = self._folder / f"draft-{version}"
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        save_file(tensors, draft / "model.safetensors", metadata={"format": "pt"})
-        shutil.rmtree(folder, ignore_errors=True)
-        draft.rename(folder)
-        for old in self._folder.glob("version-*"):
-            if old.name not in (folder.name, f"version-{self.version}"):
-                shutil.rmtree(old, ignore_errors=True)
-        return folder
 
     def _check(self, ids: Ids, what: str) -> None:
         if not ids.size:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from agentrl.engines import Generation, Request
+from agentrl.engines import Generation, InFlight, Request
 from agentrl.trajectory import Floats, Ids, VersionRun
 
 
@@ -61,21 +62,27 @@ class ModelServer(Protocol):
         """End a request; one that is unknown or over is ignored."""
         ...
 
-    async def pause(self) -> None:
-        """Stop sampling; running requests stay, and what is cached of them is computed anew after `resume`."""
+    async def pause(self, in_flight: InFlight = "retract") -> None:
+        """Stop sampling; running requests stay, and what is cached of them is computed anew after `resume` or kept."""
         ...
 
     async def resume(self) -> None: ...
 
     async def load(self, folder: Path, version: int) -> None:
-        """Take the safetensors in `folder` as weights `version`. To be called between `pause` and `resume`."""
+        """Take the safetensors in `folder` as weights `version`. To be called between `pause` and `resume`.
+
+        No later request uses what older weights computed, however the server was paused.
+        """
         ...
 
     async def sleep(self) -> None:
-        """Give the accelerator's memory back."""
+        """Give the accelerator's memory back, and pause. Harmless where there is none to give. What is cached is lost,
+        and the weights may be. Raises `UsageError` where the server was not started for it."""
         ...
 
-    async def wake(self) -> None: ...
+    async def wake(self) -> None:
+        """Take the memory again; the server stays paused, for it may need its weights first."""
+        ...
 
     async def health(self) -> dict[str, Any]:
         """A small report: running and waiting requests."""
@@ -84,6 +91,98 @@ class ModelServer(Protocol):
     async def close(self) -> None:
         """Close the connections; the server goes on."""
         ...
+
+
+@runtime_checkable
+class TakesTensors(Protocol):
+    """A server whose weights can be sent in pieces: `open_update`, then `take` or `receive` for each bucket, then
+    `close_update`, all between `pause` and `resume`. All raise `InfraError` where a step fails."""
+
+    @property
+    def url(self) -> str: ...
+
+    async def ranks(self) -> int:
+        """How many processes hold the model. Raises `UsageError` where they are more than tensor parallel."""
+        ...
+
+    async def open_update(self) -> None: ...
+
+    async def take(self, pickles: Sequence[bytes], version: int | None) -> None:
+        """One bucket of named tensors for each rank, as handles that a process of this machine can open. A `version`
+        says that this was the last one."""
+        ...
+
+    async def receive(self, bucket: Bucket, group: str, version: int | None) -> None:
+        """One bucket that rank 0 of `group` broadcasts as one array of bytes."""
+        ...
+
+    async def close_update(self) -> None: ...
+
+    async def join(self, host: str, port: int, rank: int, world: int, group: str, backend: str) -> None:
+        """Enter a group of processes, the first of this server's as `rank`. Returns when all have."""
+        ...
+
+    async def leave(self, group: str) -> None: ...
+
+
+@runtime_checkable
+class TakesAdapters(Protocol):
+    """A server that holds several LoRA adapters over one base model. Raises `UsageError` where one does not fit."""
+
+    @property
+    def url(self) -> str: ...
+
+    async def load_adapter(self, name: str, folder: Path) -> None: ...
+
+    async def unload_adapter(self, name: str) -> None: ...
+
+    def use(self, name: str, version: int) -> None:
+        """New requests are for this adapter, and their tokens of `version`; those that run stay with theirs."""
+        ...
+
+    def using(self, name: str) -> int:
+        """How many requests are running under it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """What stands in one array of bytes, in order and without gaps: names, one dtype such as "float32", shapes."""
+
+    names: tuple[str, ...]
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Adapters:
+    """Which adapter new requests of one server are for, and how many run under each."""
+
+    def __init__(self) -> None:
+        self.current: tuple[str, int] | None = None
+        self._running: Counter[str] = Counter()
+
+    def use(self, name: str, version: int) -> None:
+        self.current = name, version
+
+    def using(self, name: str) -> int:
+        return self._running[name]
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[tuple[str, int] | None]:
+        """The present adapter, in use until the end."""
+        held = self.current
+        self._running[held[0] if held else ""] += 1
+        try:
+            yield held
+        finally:
+            self._running[held[0] if held else ""] -= 1
+
+
+def labelled(reply: Generation, adapter: tuple[str, int] | None) -> Generation:
+    """The reply with the version of the adapter that sampled it: servers number base weights only."""
+    if adapter is None:
+        return reply
+    return replace(reply, versions=(VersionRun(adapter[1], 0, reply.ids.size),) if reply.ids.size else ())
 
 
 def runs_of(spans: Sequence[dict[str, Any]], n: int) -> tuple[VersionRun, ...]:

@@ -6,23 +6,26 @@ outside the vocabulary would end the whole server, so `remote` checks ids before
 
 from __future__ import annotations
 
+import base64
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from agentrl.chaos import Chaos
-from agentrl.engines import Generation, Request
+from agentrl.engines import Generation, InFlight, Request
 from agentrl.engines.http import Http, Refused
-from agentrl.engines.servers import ServerInfo, entropy_of, runs_of
+from agentrl.engines.servers import Adapters, Bucket, ServerInfo, entropy_of, labelled, runs_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
 
 OLDEST = (0, 5, 20)  # /pause_generation with modes, spans of weight versions
+UPDATE_SECONDS = 600.0
 _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort": "abort"}
 
 
 class SGLangServer:
-    """The `ModelServer` protocol for SGLang.
+    """The `ModelServer` protocol for SGLang, and `TakesTensors` and `TakesAdapters`.
 
     Args:
         top_logprobs: how many of the likeliest tokens each reply names; their entropy stands in for the exact one
@@ -34,6 +37,9 @@ class SGLangServer:
     ) -> None:
         self._http = Http(url, "the SGLang server", api_key, chaos)
         self._top = top_logprobs
+        self._adapters = Adapters()
+        self._keeps = False  # paused in place: running requests keep their keys and values
+        self._cache = ""  # tells what is cached now from what older weights left there
 
     @property
     def url(self) -> str:
@@ -78,19 +84,20 @@ class SGLangServer:
             body["top_logprobs_num"] = self._top
         if request.images:
             body["image_data"] = [image.data_url for image in request.images]
-        return self._generation(await self._http.post("/generate", body, seconds=None))
+        with self._adapters.held() as adapter:
+            return labelled(
+                self._generation(await self._http.post("/generate", self._for(body, adapter), seconds=None)), adapter
+            )
 
     async def score(self, ids: Ids, start: int) -> Floats:
-        reply = await self._http.post(
-            "/generate",
-            {
-                "input_ids": ids.tolist(),
-                "return_logprob": True,
-                "logprob_start_len": start - 1,
-                "sampling_params": {"max_new_tokens": 0},
-            },
-            seconds=None,
-        )
+        body: dict[str, Any] = {
+            "input_ids": ids.tolist(),
+            "return_logprob": True,
+            "logprob_start_len": start - 1,
+            "sampling_params": {"max_new_tokens": 0},
+        }
+        with self._adapters.held() as adapter:
+            reply = await self._http.post("/generate", self._for(body, adapter), seconds=None)
         try:
             values = [entry[0] for entry in reply["meta_info"]["input_token_logprobs"]][-(ids.size - start) :]
             return as_floats(values if ids.size > start else [])
@@ -100,16 +107,17 @@ class SGLangServer:
     async def abort(self, rid: str) -> None:
         await self._http.post("/abort_request", {"rid": rid})
 
-    async def pause(self) -> None:
-        await self._http.post("/pause_generation", {"mode": "retract"})
+    async def pause(self, in_flight: InFlight = "retract") -> None:
+        self._keeps = in_flight == "in_place"
+        await self._http.post("/pause_generation", {"mode": in_flight})
 
     async def resume(self) -> None:
         await self._http.post("/continue_generation", {})
 
     async def load(self, folder: Path, version: int) -> None:
-        body = {"model_path": str(folder), "weight_version": str(version), "flush_cache": True}
+        body = {"model_path": str(folder)} | self._last(version)
         try:
-            reply = await self._http.post("/update_weights_from_disk", body, seconds=600)
+            reply = await self._http.post("/update_weights_from_disk", body, seconds=UPDATE_SECONDS)
         except Refused as refused:
             if "cache was not flushed" not in refused.said:
                 raise UsageError(
@@ -121,7 +129,101 @@ class SGLangServer:
         if not (isinstance(reply, dict) and reply.get("success")):
             raise UsageError(f"the SGLang server at {self.url} did not take the weights: {str(reply)[:300]}")
 
+    # -- weights in pieces -----------------------------------------------------------------------------------------
+
+    async def ranks(self) -> int:
+        about = await self._http.get("/server_info")
+        for name in ("dp_size", "pp_size"):
+            if int(about.get(name) or 1) > 1:
+                raise UsageError(
+                    f"the SGLang server at {self.url} runs with {name} {about[name]}: set engine.sync to disk, "
+                    "or start several servers instead"
+                )
+        return int(about["tp_size"])
+
+    async def open_update(self) -> None:
+        try:
+            await self._http.post("/begin_weight_update", {})
+        except Refused as refused:
+            if refused.status == 404:
+                raise UsageError(
+                    f"the SGLang server at {self.url} is too old: it has no /begin_weight_update; use engine.sync=disk"
+                ) from refused
+            if "already open" not in refused.said:  # left so by an update that failed: all weights come again
+                raise self._failed(refused) from refused
+
+    async def take(self, pickles: Sequence[bytes], version: int | None) -> None:
+        body = {"serialized_named_tensors": [base64.b64encode(pickle).decode() for pickle in pickles]}
+        await self._update("/update_weights_from_tensor", body | self._last(version))
+
+    async def receive(self, bucket: Bucket, group: str, version: int | None) -> None:
+        body: dict[str, Any] = {
+            "names": list(bucket.names),
+            "dtypes": [bucket.dtype] * len(bucket.names),
+            "shapes": [list(shape) for shape in bucket.shapes],
+            "group_name": group,
+            "load_format": "flattened_bucket",
+        }
+        await self._update("/update_weights_from_distributed", body | self._last(version))
+
+    async def close_update(self) -> None:
+        await self._update("/end_weight_update", {})
+
+    async def join(self, host: str, port: int, rank: int, world: int, group: str, backend: str) -> None:
+        body = {"master_address": host, "master_port": port, "rank_offset": rank, "world_size": world}
+        await self._update("/init_weights_update_group", body | {"group_name": group, "backend": backend})
+
+    async def leave(self, group: str) -> None:
+        await self._update("/destroy_weights_update_group", {"group_name": group})
+
+    async def _update(self, path: str, body: dict[str, Any]) -> None:
+        try:
+            await self._http.post(path, body, seconds=UPDATE_SECONDS)
+        except Refused as refused:
+            raise self._failed(refused) from refused
+
+    def _failed(self, refused: Refused) -> InfraError:
+        return InfraError(f"the SGLang server at {self.url} did not take the weights: {refused.said}")
+
+    def _last(self, version: int | None) -> dict[str, Any]:
+        """What ends an update: its version, and that nothing cached may be used again.
+
+        Paused in place the cache cannot be flushed, for running requests hold parts of it. Later requests get a part
+        of their own instead, and the older one is evicted as it falls out of use.
+        """
+        if version is None:
+            return {"flush_cache": False}
+        self._cache = secrets.token_hex(8) if self._keeps else ""
+        return {"flush_cache": not self._keeps, "weight_version": str(version)}
+
+    # -- adapters --------------------------------------------------------------------------------------------------
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        try:
+            await self._http.post("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        except Refused as refused:
+            raise UsageError(
+                f"the SGLang server at {self.url} did not take the adapter: {refused.said}; it must run with "
+                "--enable-lora, a --max-lora-rank and --lora-target-modules that hold the adapter's, and see its folder"
+            ) from refused
+
+    async def unload_adapter(self, name: str) -> None:
+        await self._update("/unload_lora_adapter", {"lora_name": name})
+
+    def use(self, name: str, version: int) -> None:
+        self._adapters.use(name, version)
+
+    def using(self, name: str) -> int:
+        return self._adapters.using(name)
+
+    def _for(self, body: dict[str, Any], adapter: tuple[str, int] | None) -> dict[str, Any]:
+        """The request under the present weights."""
+        return (
+            body | ({"lora_path": adapter[0]} if adapter else {}) | ({"extra_key": self._cache} if self._cache else {})
+        )
+
     async def sleep(self) -> None:
+        await self.pause()  # retracted: a request that still holds memory would end the whole server
         await self._http.post("/release_memory_occupation", {})
 
     async def wake(self) -> None:

@@ -7,13 +7,14 @@ It must run with `--enable-scale-out`, `--logprobs-mode processed_logprobs` (or 
 from __future__ import annotations
 
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
 from agentrl.chaos import Chaos
-from agentrl.engines import Generation, Request
+from agentrl.engines import Generation, InFlight, Request
 from agentrl.engines.http import Http, Refused
-from agentrl.engines.servers import ServerInfo, entropy_of, runs_of
+from agentrl.engines.servers import Adapters, ServerInfo, entropy_of, labelled, runs_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
 
@@ -21,7 +22,7 @@ _FINISH: dict[str, FinishReason] = {"stop": "stop", "length": "length", "abort":
 
 
 class VLLMServer:
-    """The `ModelServer` protocol for vLLM.
+    """The `ModelServer` protocol for vLLM, and `TakesAdapters`.
 
     Args:
         top_logprobs: how many of the likeliest tokens each reply names; their entropy stands in for the exact one
@@ -34,6 +35,9 @@ class VLLMServer:
         self._http = Http(url, "the vLLM server", api_key, chaos)
         self._top = top_logprobs
         self._model = ""
+        self._adapters = Adapters()
+        self._keeps = False  # paused in place: running requests keep their keys and values
+        self._cache = ""  # tells what is cached now from what older weights left there
 
     @property
     def url(self) -> str:
@@ -84,21 +88,25 @@ class VLLMServer:
                 "or use the sglang engine"
             )
         body: dict[str, Any] = {
-            "model": self._model,
             "request_id": rid,
             "token_ids": request.ids.tolist(),
             "sampling_params": _sampling(request.sampling, max_tokens, self._top),
         }
-        return self._generation(await self._http.post("/inference/v1/generate", body, seconds=None))
+        if self._cache:
+            body["cache_salt"] = self._cache
+        with self._adapters.held() as adapter:
+            body["model"] = adapter[0] if adapter else self._model
+            return labelled(
+                self._generation(await self._http.post("/inference/v1/generate", body, seconds=None)), adapter
+            )
 
     async def score(self, ids: Ids, start: int) -> Floats:
         if ids.size == start:
             return as_floats([])
-        reply = await self._http.post(
-            "/v1/completions",
-            {"model": self._model, "prompt": ids.tolist(), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0},
-            seconds=None,
-        )
+        body = {"prompt": ids.tolist(), "max_tokens": 1, "prompt_logprobs": 0, "temperature": 1.0}
+        with self._adapters.held() as adapter:
+            name = adapter[0] if adapter else self._model
+            reply = await self._http.post("/v1/completions", body | {"model": name}, seconds=None)
         try:
             table = reply["choices"][0]["prompt_logprobs"]
             return as_floats([table[at][str(int(ids[at]))]["logprob"] for at in range(start, ids.size)])
@@ -108,8 +116,9 @@ class VLLMServer:
     async def abort(self, rid: str) -> None:
         await self._http.post("/abort_requests", {"request_ids": [f"generate-tokens-{rid}"]})
 
-    async def pause(self) -> None:
-        await self._http.post("/pause?mode=keep")
+    async def pause(self, in_flight: InFlight = "retract") -> None:
+        self._keeps = in_flight == "in_place"
+        await self._http.post(f"/pause?mode=keep&clear_cache={'false' if self._keeps else 'true'}")
 
     async def resume(self) -> None:
         await self._http.post("/resume")
@@ -129,13 +138,45 @@ class VLLMServer:
                 "architecture that is trained, see the folder they are written to (engine.sync_folder), and run with "
                 "the worker extension, as agentrl engine serve starts it"
             ) from refused
-        await self._http.post("/reset_prefix_cache")
+        # Running requests hold parts of the cache, so that nothing of it is reset: later ones get a part of their own.
+        self._cache = secrets.token_hex(8) if self._keeps else ""
+        if not self._keeps:
+            await self._http.post("/reset_prefix_cache")
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        try:
+            await self._http.tell("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        except Refused as refused:
+            raise UsageError(
+                f"the vLLM server at {self.url} did not take the adapter: {refused.said}; it must run with "
+                "--enable-lora, a --max-lora-rank no less than the adapter's and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, "
+                "and see the adapter's folder"
+            ) from refused
+
+    async def unload_adapter(self, name: str) -> None:
+        try:
+            await self._http.tell("/v1/unload_lora_adapter", {"lora_name": name})
+        except Refused as refused:
+            raise InfraError(f"the vLLM server at {self.url} does not unload {name}: {refused.said}") from refused
+
+    def use(self, name: str, version: int) -> None:
+        self._adapters.use(name, version)
+
+    def using(self, name: str) -> int:
+        return self._adapters.using(name)
 
     async def sleep(self) -> None:
-        await self._http.post("/sleep?level=1")
+        try:
+            await self._http.post("/sleep?level=1&mode=keep")
+        except Refused as refused:
+            raise UsageError(
+                f"the vLLM server at {self.url} does not sleep: {refused.said}; start it with "
+                "--enable-sleep-mode, or give the trainer another accelerator"
+            ) from refused
 
     async def wake(self) -> None:
         await self._http.post("/wake_up")
+        await self.pause()  # waking sets it going again
 
     async def health(self) -> dict[str, Any]:
         text = await self._http.text("/metrics", seconds=10)

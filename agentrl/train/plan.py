@@ -94,6 +94,12 @@ def check_engine(config: Config) -> None:
     for number, stage in enumerate(config.stages):
         if not isinstance(stage, RLStage):
             continue
+        if engine.sleep and stage.max_staleness:
+            raise UsageError(
+                "an engine that sleeps during updates cannot roll out meanwhile; set engine.sleep: false, or "
+                "max_staleness: 0",
+                where="engine.sleep",
+            )
         if engine.type == "vllm" and (stage.top_p < 1 or stage.top_k):
             raise UsageError(
                 "vLLM's log-probs are those after top_p and top_k, not of the policy; set top_p: 1 and top_k: 0, or "

@@ -127,17 +127,18 @@ class ReinforceRunner:
         )
         played = time.perf_counter()
         lr = self.optimizer.lr
-        report = await asyncio.to_thread(
-            update,
-            session.policy,
-            self.optimizer,
-            iteration.members,
-            Objective(stage.behaviour, stage.surrogate, stage.aggregator, stage.aux),
-            temperature=stage.temperature,
-            minibatches=stage.minibatches,
-            tokens_per_batch=stage.tokens_per_batch,
-            crash_file=session.folder.path / f"not-finite-{self.label}-{step}.pt",
-        )
+        async with session.training():
+            report = await asyncio.to_thread(
+                update,
+                session.policy,
+                self.optimizer,
+                iteration.members,
+                Objective(stage.behaviour, stage.surrogate, stage.aggregator, stage.aux),
+                temperature=stage.temperature,
+                minibatches=stage.minibatches,
+                tokens_per_batch=stage.tokens_per_batch,
+                crash_file=session.folder.path / f"not-finite-{self.label}-{step}.pt",
+            )
         updated = time.perf_counter()
         for group in iteration.played:
             session.writer.credit(group, step=step, stage=self.label)

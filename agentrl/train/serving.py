@@ -19,14 +19,17 @@ from agentrl.config import Config
 from agentrl.engines import Engine
 from agentrl.engines.install import python_of
 from agentrl.engines.keeper import Keeper, Post, start
-from agentrl.engines.launch import Device, Launch, free_port
+from agentrl.engines.launch import LORA_TARGETS, Device, Launch, free_port
 from agentrl.engines.local import LocalEngine
+from agentrl.engines.memory import check_fits, trainer_bytes
 from agentrl.engines.options import LaunchOptions, LocalOptions, ServerOptions
 from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.servers import ModelServer
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
+from agentrl.engines.weights import Weights
 from agentrl.errors import UsageError
+from agentrl.train.options import HFModel
 from agentrl.train.parts import device_of
 from agentrl.train.policy import Policy
 from agentrl.train.probe import Probe
@@ -54,12 +57,22 @@ async def open_engine(
                 f"rollout.max_tokens {config.rollout.max_tokens} leaves no room for a prompt in a context of {most} "
                 "tokens; lower it, or raise engine.max_context"
             )
-        await engine.update_weights(policy.weights(), policy.version)
+        await hand_over(config, policy, engine, folder)
         await probe_of(config, policy, engine).check()
     except BaseException:
         await asyncio.shield(engine.close())
         raise
     return engine
+
+
+async def hand_over(config: Config, policy: Policy, engine: Engine, folder: Path | None) -> None:
+    """Give the engine the policy's present weights as its present version: all of them, or its adapters alone."""
+    weights: Weights = policy.weights()
+    if isinstance(config.engine, LocalOptions) or config.engine.sync != "adapter":
+        return await engine.update_weights(weights, policy.version)
+    with tempfile.TemporaryDirectory(prefix="adapter-", dir=folder) as place:
+        await asyncio.to_thread(policy.save_hf, place, merge=False)
+        await engine.update_weights(place, policy.version)
 
 
 def probe_of(config: Config, policy: Policy, engine: Engine) -> Probe:
@@ -125,6 +138,8 @@ async def _served(
             [post.server for post in posts],
             vocab=int(policy.base.config.vocab_size),
             max_context=options.max_context,
+            sync=options.sync,
+            in_flight=options.in_flight,
             sync_folder=Path(options.sync_folder) if options.sync_folder else place / "weights",
             entropy=options.top_logprobs > 0,
         )
@@ -162,6 +177,9 @@ async def _posts(
         model = str(place / "model")
         await asyncio.to_thread(policy.save_hf, model)
     python, cores = server_python(kind, launch), sorted(os.sched_getaffinity(0))
+    lora = config.model.lora if isinstance(config.model, HFModel) and options.sync == "adapter" else None
+    if device == "cuda" and device_of(config).type == "cuda":
+        _check_memory(config, policy, launch, sleeps=options.sleep)
     launches = []
     for number in range(launch.servers):
         own = [cores[(-1 - n) % len(cores)] for n in range(number * launch.cores, (number + 1) * launch.cores)]
@@ -176,12 +194,27 @@ async def _posts(
                 seed=config.seed + number,
                 cores=tuple(sorted(set(own))),
                 memory_fraction=launch.memory_fraction,
+                lora_rank=lora.r if lora is not None else 0,
+                lora_targets=LORA_TARGETS if lora is None or isinstance(lora.targets, str) else tuple(lora.targets),
                 flags=launch.flags,
             )
         )
     tell(f"starting {launch.servers} {kind} server{'s' * (launch.servers > 1)}; logs: {place / 'logs'}")
     processes = await start(launches, place / "logs")
     return [Post(client(process.launch.url), process) for process in processes]
+
+
+def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, *, sleeps: bool) -> None:
+    """Whether the trainer and a server fit on the accelerator that they share. Raises `UsageError`."""
+    trained = sum(parameter.numel() for parameter in policy.trainable().values())
+    needs = trainer_bytes(
+        policy.base.num_parameters(),
+        "bfloat16" if policy.base.dtype == torch.bfloat16 else "float32",
+        trained=trained,
+        master=False,
+    )
+    whole = torch.cuda.get_device_properties(device_of(config)).total_memory
+    check_fits(needs, device_bytes=whole, engine_fraction=launch.memory_fraction, sleeps=sleeps)
 
 
 def _arm(chaos: Chaos, posts: Sequence[Post]) -> None:

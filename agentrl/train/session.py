@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from agentrl.algo.sampler import TaskStream
@@ -12,6 +14,7 @@ from agentrl.config import Config
 from agentrl.console import Reporter
 from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.engines import Engine
+from agentrl.engines.options import ServerOptions
 from agentrl.env import Env
 from agentrl.metrics import Metrics
 from agentrl.rollout.manager import RolloutManager
@@ -24,6 +27,7 @@ from agentrl.train.checkpoint import Progress
 from agentrl.train.parts import policy_actor
 from agentrl.train.policy import Policy
 from agentrl.train.probe import Probe
+from agentrl.train.serving import hand_over
 from agentrl.train.stages import RLStage, TrainingStage
 from agentrl.trajectory import Group, Trajectory
 
@@ -65,8 +69,24 @@ class Session:
         of a probe are from the trainer's, in nats. Raises `RunFailed` where that is too far."""
         self.policy.version += 1
         self.progress.version = self.policy.version
-        await self.engine.update_weights(self.policy.weights(), self.policy.version)
+        await hand_over(self.config, self.policy, self.engine, self.folder.path)
         return await self.probe.check()
+
+    @property
+    def shares_device(self) -> bool:
+        """Whether the engine gives its accelerator to the trainer while that computes."""
+        return isinstance(self.config.engine, ServerOptions) and self.config.engine.sleep
+
+    @asynccontextmanager
+    async def training(self) -> AsyncIterator[None]:
+        """The accelerator is the trainer's; `new_weights` must follow, which sets the engine going again."""
+        if self.shares_device:
+            await self.engine.sleep()
+        try:
+            yield
+        finally:
+            if self.shares_device:
+                await self.engine.wake()
 
     async def evaluate(self, stage: TrainingStage, label: str, step: int, *, whole: bool) -> float | None:
         """Evaluate on held-out tasks (`whole`: all of them) in every decode mode; returns the mean success."""

@@ -40,6 +40,8 @@ class SupervisedRunner:
             recorded = reader.finished(0, self.label, "demo")
         if not recorded:  # a resumed run has them
             session.record(groups, stage=self.label, step=0, split="demo")
+        if session.shares_device:
+            await session.engine.sleep()
 
     async def step(self, step: int) -> dict[str, float]:
         """One optimiser step; returns its metrics."""
@@ -52,6 +54,8 @@ class SupervisedRunner:
 
     async def finish(self) -> None:
         """Let the engine speak with the new weights."""
+        if self.session.shares_device:
+            await self.session.engine.wake()
         await self.session.new_weights()
 
     async def close(self) -> None:

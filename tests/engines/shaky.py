@@ -62,7 +62,7 @@ class Shaky:
     async def abort(self, rid: str) -> None:
         self.aborted.append(rid)
 
-    async def pause(self) -> None:
+    async def pause(self, in_flight: str = "retract") -> None:
         self.steps.append("pause")
 
     async def resume(self) -> None:

@@ -56,6 +56,16 @@ class Stale(LocalEngine):
         await super().update_weights({}, version)
 
 
+class Forgets(LocalEngine):
+    """Wakes with the weights it had and takes no others until it runs."""
+
+    async def update_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]] | Mapping[str, torch.Tensor] | str, version: int
+    ) -> None:
+        paused = (await self.health())["paused"]
+        await super().update_weights({} if paused else weights, version)
+
+
 class Deaf(LocalEngine):
     """Ignores `abort`."""
 
@@ -84,7 +94,8 @@ class Rough(LocalEngine):
     ("engine", "wrong"),
     [
         (Hotter, {"exact log-probs", "top-k and top-p", "concurrent load"}),
-        (Stale, {"stale keys and values", "update while serving"}),
+        (Stale, {"stale keys and values", "update while serving", "sleep and wake"}),
+        (Forgets, {"sleep and wake"}),
         (Deaf, {"abort while running", "abort while queued"}),
         (Forgetful, {"prefix reuse"}),
         (Rough, {"score"}),

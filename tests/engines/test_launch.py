@@ -97,6 +97,18 @@ def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
     assert (SHIMS / "vllm" / "agentrl_weights.py").is_file() and "OMP_NUM_THREADS" not in added
 
 
+def test_a_server_for_adapters_is_told_their_rank_and_modules(tmp_path: Path) -> None:
+    sglang = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, lora_rank=12, lora_targets=("q_proj", "v_proj"))
+    words, added = " ".join(sglang.words()), sglang.environment()
+    assert "--enable-lora --max-lora-rank 12" in words and "--lora-target-modules q_proj v_proj" in words
+    assert "--lora-backend torch_native" in words and added["AGENTRL_PAGEABLE"] == "1"
+    vllm = Launch("vllm", tmp_path / "py", tmp_path / "m", 1234, lora_rank=12)
+    assert "--enable-lora --max-lora-rank=16" in " ".join(vllm.words())  # the next that it knows
+    assert vllm.environment()["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    plain = Launch("vllm", tmp_path / "py", tmp_path / "m", 1234)
+    assert "lora" not in " ".join(plain.words()) and "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in plain.environment()
+
+
 def test_stand_ins_are_distributions_that_pip_takes(tmp_path: Path) -> None:
     wheel = install._stub("torchvision", tmp_path)
     with zipfile.ZipFile(wheel) as archive:
