@@ -25,6 +25,7 @@ class Shaky:
         self.breaks: Callable[[], Any] = lambda: None
         self.dead = False
         self.unlucky: Callable[[], int] = lambda: 0  # whether the next load breaks
+        self.breaks_pause: Callable[[], int] = lambda: 0
         self.version = -1
         self.served: list[str] = []
         self.aborted: list[str] = []
@@ -63,6 +64,8 @@ class Shaky:
         self.aborted.append(rid)
 
     async def pause(self, in_flight: str = "retract") -> None:
+        if self.breaks_pause():
+            raise InfraError("it was busy")
         self.steps.append("pause")
 
     async def resume(self) -> None:

@@ -157,18 +157,47 @@ def test_a_server_that_was_only_unlucky_goes_on(monkeypatch: pytest.MonkeyPatch)
     async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
         (server,) = servers
         keeper = Keeper(engine, [Post(server)], lambda _: None, patience=5, restarts=0)
-        left = [1] * 2
+        left = [1] * 3
         server.unlucky = lambda: left.pop() if left else 0
         await engine.update_weights(WEIGHTS, 1)
-        assert not left and server.version == 1 and engine.trouble is None, "three tries"
-        left += [1] * 3
+        assert not left and server.version == 1 and engine.trouble is None, "asked until it took them"
+        left += [1] * 50
+        with pytest.raises(InfraError, match="the disk was busy"):
+            await engine.update_weights(WEIGHTS, 2)
+        left.clear()
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.02)
+        assert not asked.done(), "it may hold parts of two versions"
         await engine.update_weights(WEIGHTS, 2)
-        assert engine.trouble is not None
-        reply = await engine.generate(request())
-        assert [run.version for run in reply.versions] == [2]
+        assert [run.version for run in (await asked).versions] == [2]
+        left += [1] * 3
+        server.breaks_pause = lambda: left.pop() if left else 0
+        await engine.update_weights(WEIGHTS, 3)
+        assert engine.trouble is not None, "it did not even pause: it was lost"
+        assert [run.version for run in (await engine.generate(request())).versions] == [3], "and brought back"
         await keeper.close()
 
     run(1, work)
+
+
+def test_control_calls_go_to_every_server_and_aborts_to_the_one_that_runs_it() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        gate = asyncio.Event()
+        for server in servers:
+            server.breaks = gate.wait
+        running = [asyncio.ensure_future(engine.generate(request(name, ""))) for name in ("a", "b")]
+        await asyncio.sleep(0.01)
+        await engine.abort("b")
+        assert [len(server.aborted) for server in servers] == [0, 1]
+        await engine.update_weights(WEIGHTS, 3)
+        await engine.sleep()
+        await engine.wake()
+        assert all(server.steps == ["pause", "load 3", "resume", "sleep", "wake"] for server in servers)
+        await engine.update_weights(WEIGHTS, 4)  # only this sets it going again
+        gate.set()
+        await asyncio.gather(*running)
+
+    run(2, work)
 
 
 def test_a_cancelled_caller_aborts_its_request_by_id() -> None:

@@ -24,6 +24,16 @@ def test_a_group_spills_over_and_its_sessions_stay() -> None:
     assert routes.find("g/1", "g") != home
 
 
+def test_groups_spread_over_the_servers() -> None:
+    routes = Routes(["a", "b"])
+    for group in "wxyz":
+        for n in range(4):
+            routes.running[routes.find(f"{group}{n}", group)] += 1
+    assert routes.running == {"a": 8, "b": 8}
+    homes = {group: {routes.server_of(f"{group}{n}") for n in range(4)} for group in "wxyz"}
+    assert all(len(servers) == 1 for servers in homes.values())
+
+
 def test_a_lost_server_is_left_and_not_gone_back_to_in_the_middle() -> None:
     routes = Routes(["a", "b"])
     home = routes.find("g/0", "g")
@@ -42,6 +52,8 @@ def test_memory_is_that_of_open_sessions() -> None:
         routes.fork(f"g{n}/0", f"g{n}/0.1")
         routes.release(f"g{n}/0")
         routes.release(f"g{n}/0.1")
+        routes.release(f"g{n}/0")
     routes.release("never seen")
+    routes.fork("never seen", "nobody")
     assert routes.sessions == 0
     assert not (routes._group_homes or routes._members or routes._group_of)
