@@ -14,6 +14,7 @@ from agentrl.chaos import Chaos, transport
 from agentrl.errors import AgentRLError, InfraError
 
 CONNECTIONS = 1024  # a request holds one for as long as it generates
+IDLE_SECONDS = 2.0  # that a connection is kept: servers close theirs after five, perhaps as we write to it
 CONNECT_SECONDS = 10.0
 CONTROL_SECONDS = 120.0  # for everything that does not generate
 
@@ -34,7 +35,7 @@ class Http:
         self.url = url.rstrip("/")
         self.kind = kind
         inner = httpx.AsyncHTTPTransport(
-            limits=httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+            limits=httpx.Limits(CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_SECONDS)
         )
         self._client = httpx.AsyncClient(
             base_url=self.url,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,13 +29,14 @@ from agentrl.engines.servers import ModelServer
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
 from agentrl.engines.weights import Weights
-from agentrl.errors import UsageError
+from agentrl.errors import InfraError, UsageError
 from agentrl.train.options import HFModel
 from agentrl.train.parts import device_of
 from agentrl.train.policy import Policy
 from agentrl.train.probe import Probe
 
 Tell = Callable[[str], None]
+SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 async def open_engine(
@@ -58,6 +60,11 @@ async def open_engine(
                 "tokens; lower it, or raise engine.max_context"
             )
         await hand_over(config, policy, engine, folder)
+        if engine.trouble is not None:
+            raise UsageError(
+                f"no server lives on after the first weights: {engine.trouble}; SGLang ends where weights have another "
+                "shape than its model's: serve the very folder that is trained"
+            )
         await probe_of(config, policy, engine).check()
     except BaseException:
         await asyncio.shield(engine.close())
@@ -134,6 +141,8 @@ async def _served(
     engine: RemoteEngine | None = None
     try:
         posts = await _posts(config, policy, options, place, tell, chaos)
+        if options.launch is None:
+            await _recognise(policy, posts)
         engine = await RemoteEngine.connect(
             [post.server for post in posts],
             vocab=int(policy.base.config.vocab_size),
@@ -157,6 +166,33 @@ async def _served(
 
     engine.on_close = end
     return engine
+
+
+async def _recognise(policy: Policy, posts: Sequence[Post]) -> None:
+    """Refuse servers that answer nothing, or whose model has another shape. Raises `UsageError`."""
+    for post in posts:
+        try:
+            info = await post.server.info()
+        except InfraError as error:
+            raise UsageError(f"{error}; start a server there, or correct this", where="engine.urls") from error
+        theirs = await asyncio.to_thread(shape_of, info.model)
+        ours = policy.base.config.to_dict()
+        for key in SHAPE:
+            if theirs and key in theirs and key in ours and theirs[key] != ours[key]:
+                raise UsageError(
+                    f"{post.server.name} serves {info.model}, whose {key} is {theirs[key]} where the policy's is "
+                    f"{ours[key]}: it is another model; serve the folder that is trained",
+                    where="engine.urls",
+                )
+
+
+def shape_of(folder: str) -> dict[str, Any]:
+    """The configuration of a model folder; nothing where it cannot be seen from here."""
+    try:
+        found = json.loads((Path(folder) / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 async def _posts(

@@ -1,6 +1,7 @@
 """Real model servers, one of each kind a session, on a tiny random model; skipped where AGENTRL_SERVERS names none.
 
-AGENTRL_SERVERS="sglang=/path/python vllm=/path/python" pytest tests/servers
+AGENTRL_SERVERS="sglang vllm" pytest tests/servers     as `agentrl engine install` made them
+AGENTRL_SERVERS="sglang=/path/python" pytest tests/servers
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 import transformers
 
 from agentrl.engines.conformance import Exam
+from agentrl.engines.install import python_of
 from agentrl.engines.launch import Launch, ServerProcess, free_port
 from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.sglang import SGLangServer
@@ -32,8 +34,13 @@ LORA = LoraOptions(r=8, alpha=16.0)
 
 def pythons() -> dict[str, Path]:
     """The servers' environments, by kind."""
-    named = (word.partition("=") for word in os.environ.get("AGENTRL_SERVERS", "").split())
-    return {kind: Path(path) for kind, _, path in named}
+    found: dict[str, Path] = {}
+    for word in os.environ.get("AGENTRL_SERVERS", "").split():
+        kind, _, path = word.partition("=")
+        python = Path(path) if path else python_of(kind, "cpu")  # type: ignore[arg-type]
+        assert python is not None, f"{kind} is to be tested and not installed; run: agentrl engine install {kind}"
+        found[kind] = python
+    return found
 
 
 def write_model(folder: Path) -> None:
@@ -123,7 +130,7 @@ def serve(kind: Any, models: Any, folder: Path) -> Iterator[Served]:
     """A server that takes adapters too, for as long as the session needs it."""
     found = pythons().get(kind)
     if found is None:
-        pytest.skip(f"AGENTRL_SERVERS names no {kind}=/path/python")
+        pytest.skip(f"AGENTRL_SERVERS does not name {kind}")
     model, adapters, merged = models
     launch = Launch(kind, found, model, free_port(), lora_rank=LORA.r)
     process = ServerProcess.start(launch, folder / f"{kind}.log")
@@ -132,6 +139,11 @@ def serve(kind: Any, models: Any, folder: Path) -> Iterator[Served]:
         yield Served(kind, launch.url, model, adapters, merged)
     finally:
         asyncio.run(process.stop())
+
+
+@pytest.fixture(scope="session")
+def environments() -> dict[str, Path]:
+    return pythons()
 
 
 @pytest.fixture(scope="session")
