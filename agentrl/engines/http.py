@@ -35,7 +35,9 @@ class Http:
         self.url = url.rstrip("/")
         self.kind = kind
         inner = httpx.AsyncHTTPTransport(
-            limits=httpx.Limits(CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_SECONDS)
+            limits=httpx.Limits(
+                max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS, keepalive_expiry=IDLE_SECONDS
+            )
         )
         self._client = httpx.AsyncClient(
             base_url=self.url,
