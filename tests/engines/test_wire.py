@@ -1,0 +1,159 @@
+"""What servers may answer, and what the clients make of it: the wire formats, good and bad, over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import threading
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from agentrl.chaos import Chaos, ChaosOptions
+from agentrl.engines import Request
+from agentrl.engines.http import Refused
+from agentrl.engines.sglang import SGLangServer
+from agentrl.engines.vllm import VLLMServer
+from agentrl.errors import InfraError, UsageError
+from agentrl.trajectory import Sampling, VersionRun, as_ids
+
+Answers = dict[str, tuple[int, str]]
+REQUEST = Request(as_ids([1, 2]), Sampling(max_tokens=4), "s")
+GOOD: dict[str, Any] = {
+    "output_ids": [7, 8],
+    "meta_info": {
+        "finish_reason": {"type": "stop", "matched": 8},
+        "output_token_logprobs": [[-0.5, 7, None], [-0.25, 8, None]],
+        "weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}],
+        "cached_tokens": 1,
+    },
+}
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[Answers], str]]:
+    """Starts a server with the given (status, body) by path, and returns its URL."""
+    servers: list[http.server.ThreadingHTTPServer] = []
+
+    def start(answers: Answers) -> str:
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                status, body = answers.get(self.path.partition("?")[0], (404, '{"detail": "Not Found"}'))
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body.encode())
+
+            do_POST = do_GET
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def ask(made: Any, call: Callable[[Any], Awaitable[Any]]) -> Any:
+    async def main() -> Any:
+        try:
+            return await call(made)
+        finally:
+            await made.close()
+
+    return asyncio.run(main())
+
+
+def sglang(**about: Any) -> Answers:
+    models = {"data": [{"max_model_len": 512}]}
+    facts = {"version": "0.5.23", "model_path": "/m", "max_req_input_len": 506} | about
+    return {"/server_info": (200, json.dumps(facts)), "/v1/models": (200, json.dumps(models))}
+
+
+def test_a_reply_with_two_versions(answering: Any) -> None:
+    url = answering({"/generate": (200, json.dumps(GOOD))})
+    reply = ask(SGLangServer(url), lambda server: server.generate(REQUEST, "r", 4))
+    assert reply.ids.tolist() == [7, 8] and reply.logprobs.tolist() == [-0.5, -0.25]
+    assert reply.versions == (VersionRun(3, 0, 1), VersionRun(4, 1, 2)) and reply.cached_tokens == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"error": {"message": "no such thing"}}',
+        '{"error": "no such thing"}',
+        '{"object": "error", "message": "no such thing", "code": 400}',
+        '{"detail": "no such thing"}',
+        "no such thing",
+    ],
+)
+def test_errors_in_every_shape_keep_their_sentence(body: str, answering: Any) -> None:
+    url = answering({"/generate": (400, body)})
+    with pytest.raises(Refused) as caught:
+        ask(SGLangServer(url), lambda server: server.generate(REQUEST, "r", 4))
+    assert caught.value.said == "no such thing" and caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output_ids": [7]},
+        {"output_ids": [7, 9]},
+        {"meta_info": GOOD["meta_info"] | {"finish_reason": None}},
+        {"meta_info": GOOD["meta_info"] | {"weight_versions": [{"version": "3", "start": 1, "end": 2}]}},
+        {"meta_info": {}},
+    ],
+)
+def test_what_is_no_reply_is_the_machinery_s_fault(change: dict[str, Any], answering: Any) -> None:
+    url = answering({"/generate": (200, json.dumps(GOOD | change))})
+    with pytest.raises(InfraError, match="answered /generate with something else"):
+        ask(SGLangServer(url), lambda server: server.generate(REQUEST, "r", 4))
+
+
+def test_servers_that_will_not_do(answering: Any) -> None:
+    old = answering(sglang(version="0.4.9"))
+    with pytest.raises(UsageError, match=r"SGLang 0\.4\.9 at .* is too old: /pause_generation .* 0\.5\.20 or newer"):
+        ask(SGLangServer(old), lambda server: server.info())
+    with pytest.raises(UsageError, match="is no SGLang server"):
+        ask(SGLangServer(answering({})), lambda server: server.info())
+    vllm: Answers = {
+        "/version": (200, '{"version": "0.20.0"}'),
+        "/v1/models": (200, '{"data": [{"id": "m", "max_model_len": 512}]}'),
+        "/is_paused": (200, "false"),
+    }
+    with pytest.raises(UsageError, match=r"\(0\.20\.0\) has no /weight_info: it needs a newer vLLM"):
+        ask(VLLMServer(answering(vllm)), lambda server: server.info())
+    del vllm["/is_paused"]
+    with pytest.raises(UsageError, match="has no /is_paused: it needs VLLM_SERVER_DEV_MODE=1"):
+        ask(VLLMServer(answering(vllm)), lambda server: server.info())
+
+
+def test_the_context_is_what_a_prompt_may_really_have(answering: Any) -> None:
+    info = ask(SGLangServer(answering(sglang())), lambda server: server.info())
+    assert info.max_context == 507 and info.kind == "sglang"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "said"),
+    [
+        ("errors", Refused, "HTTP 500"),
+        ("garbage", InfraError, "with no JSON: '<html>"),
+        ("halves", InfraError, "does not answer: ReadError: chaos"),
+    ],
+)
+def test_chaos_on_the_wire(fault: str, error: type[Exception], said: str, answering: Any) -> None:
+    url = answering({"/generate": (200, json.dumps(GOOD))} | sglang())
+    chaos = Chaos(ChaosOptions(**{fault: 1.0}))
+    with pytest.raises(error, match=said):
+        ask(SGLangServer(url, chaos=chaos), lambda server: server.generate(REQUEST, "r", 4))
+    assert chaos.counts[fault] == 1
+    assert ask(SGLangServer(url, chaos=chaos), lambda server: server.info()).version == "0.5.23", "generation alone"
