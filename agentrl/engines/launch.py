@@ -240,11 +240,12 @@ class ServerProcess:
 
 
 def members(group: int) -> list[int]:
-    """The processes of a group that still run; one that waits to be reaped holds nothing any more."""
+    """The processes of a group that still run. One that waits to be reaped holds nothing any more, unless threads of
+    it are still ending: those hold its sockets."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            if int(its_group) == group and state != "Z":
+            if int(its_group) == group and (state != "Z" or len(list((stat.parent / "task").iterdir())) > 1):
                 found.append(int(stat.parent.name))
     return found
