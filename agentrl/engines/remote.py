@@ -32,6 +32,7 @@ CONTROL_TRIES = 3  # of what all servers are asked
 BUSY = (408, 429)  # of the 4xx, those that say: later
 PAUSE_SECONDS = 0.2  # before the second try; each further one waits twice as long
 CONTROL_SECONDS = 10.0  # for a sign of life
+ABORT_SECONDS = 1.0  # that one who goes away waits for the server to hear of it
 OUTAGE_SECONDS = 900.0  # without any server, after which the run fails
 
 
@@ -72,6 +73,7 @@ class RemoteEngine:
         self._rids: dict[str, dict[str, ModelServer]] = {}  # session -> its running requests
         self._calls: dict[ModelServer, set[asyncio.Future[Any]]] = {server: set() for server in self.servers}
         self._aborted: set[str] = set()
+        self._farewells: set[asyncio.Future[None]] = set()
         self._up = asyncio.Event()
         self._up.set()
         self._lost_all: AgentRLError | None = None
@@ -211,8 +213,7 @@ class RemoteEngine:
     @contextlib.asynccontextmanager
     async def _request(self, session: str, group: str) -> AsyncIterator[tuple[ModelServer, str]]:
         """A running request: counted, and aborted where its caller is cancelled."""
-        await self._open.wait()
-        await self._any_up()
+        await self._admitted()
         server = self._routes.find(session, group)
         rid = f"{self._prefix}-{next(self._numbers)}"
         self._rids.setdefault(session, {})[rid] = server
@@ -220,9 +221,8 @@ class RemoteEngine:
         try:
             yield server, rid
         except asyncio.CancelledError:
-            if rid not in self._aborted:
-                with contextlib.suppress(Exception):  # the server may be what is gone
-                    await asyncio.shield(asyncio.ensure_future(server.abort(rid)))
+            if rid not in self._aborted and server not in self._routes.down:
+                await self._tell_off(server, rid)
             raise
         finally:
             self._routes.running[server] -= 1
@@ -231,12 +231,20 @@ class RemoteEngine:
             if not self._rids[session]:
                 del self._rids[session]
 
+    async def _tell_off(self, server: ModelServer, rid: str) -> None:
+        """Abort a request whose caller went away. One that hangs hears of it late, and holds nobody up."""
+        telling = asyncio.ensure_future(server.abort(rid))
+        self._farewells.add(telling)
+        telling.add_done_callback(self._farewells.discard)
+        telling.add_done_callback(lambda task: task.cancelled() or task.exception())  # it may be what is gone
+        await asyncio.wait({telling}, timeout=ABORT_SECONDS)
+
     # -- servers that break ----------------------------------------------------------------------------------------
 
     def lose(self, server: ModelServer, why: str) -> None:
         """Send nothing more to a server, and give up what runs there: it is asked again elsewhere."""
         self._routes.down[server] = why
-        if not self._routes.up:
+        if not self._routes.up and self._lost_all is None:
             self._up.clear()
         for call in self._calls[server]:
             call.cancel()
@@ -270,6 +278,14 @@ class RemoteEngine:
         """No server will come back: every request, also those that wait for one, ends with `error`."""
         self._lost_all = error
         self._up.set()
+
+    async def _admitted(self) -> None:
+        """Wait until requests may go, and a server is there for them: at once, for each may change while one waits for
+        the other."""
+        await self._any_up()
+        while not (self._open.is_set() and self._routes.up):
+            await self._open.wait()
+            await self._any_up()
 
     async def _any_up(self) -> None:
         """Wait for a server. Raises `RunFailed` where none came for `OUTAGE_SECONDS`, or none ever will."""
@@ -399,6 +415,8 @@ class RemoteEngine:
         if self.on_close is not None:
             await self.on_close()
             self.on_close = None
+        for telling in self._farewells:
+            telling.cancel()
         await asyncio.gather(*(server.close() for server in self.servers))
         if self._own_folder:
             await asyncio.to_thread(shutil.rmtree, self._folder, True)

@@ -41,7 +41,7 @@ class Places:
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled():  # admitted and cancelled at once
                 self.free += n
-            else:
+            elif (n, turn) in self._waiting:  # whoever left a place meanwhile may have passed it over
                 self._waiting.remove((n, turn))
             self._admit()
             raise

@@ -217,6 +217,69 @@ def test_a_cancelled_caller_aborts_its_request_by_id() -> None:
     run(1, work)
 
 
+def test_a_server_that_hangs_holds_up_no_caller_that_goes_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "ABORT_SECONDS", 0.01)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        async def hangs(*_: object) -> None:
+            await asyncio.sleep(60)
+
+        servers[0].breaks, servers[0].abort = hangs, hangs  # type: ignore[method-assign]
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.01)
+        asked.cancel()
+        await asyncio.wait({asked})
+        assert asked.cancelled() and len(engine._farewells) == 1
+        await engine.close()
+        await asyncio.sleep(0)
+        assert not engine._farewells
+
+    run(1, work)
+
+
+def test_a_server_that_is_lost_as_soon_as_it_is_back_breaks_no_request() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        (server,) = servers
+        engine.lose(server, "killed")
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.01)
+        await engine.regain(server)
+        engine.lose(server, "killed again")
+        await asyncio.sleep(0.01)
+        assert not asked.done()
+        await engine.regain(server)
+        assert (await asked).finish == "stop"
+
+    run(1, work)
+
+
+def test_a_request_that_waited_for_a_server_waits_for_an_update_too() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        (server,) = servers
+        engine.lose(server, "killed")
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.01)
+        await engine.regain(server)
+        await engine.pause()  # before the request has noticed
+        await asyncio.sleep(0.01)
+        assert not server.served
+        await engine.resume()
+        assert (await asked).finish == "stop"
+
+    run(1, work)
+
+
+def test_once_given_up_nobody_waits_for_what_is_lost_later() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        engine.lose(servers[0], "killed")
+        engine.give_up(RunFailed("it does not take the weights"))
+        engine.lose(servers[1], "killed")
+        with pytest.raises(RunFailed, match="does not take the weights"):
+            await engine.generate(request())
+
+    run(2, work)
+
+
 def test_nothing_comes_back_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.05)
 

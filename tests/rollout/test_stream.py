@@ -260,6 +260,26 @@ def test_places_are_given_in_order_and_survive_cancelling() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_a_place_may_be_left_while_one_who_waits_for_it_is_cancelled() -> None:
+    async def main() -> None:
+        places = Places(1)
+
+        async def hold() -> None:
+            async with places.take():
+                await asyncio.sleep(0)
+                waiting.cancel()
+
+        async def wait() -> None:
+            async with places.take():
+                raise AssertionError("it was cancelled")
+
+        holding, waiting = asyncio.create_task(hold()), asyncio.create_task(wait())
+        await asyncio.wait({holding, waiting})
+        assert waiting.cancelled() and places.free == 1
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 # -- what an update takes ------------------------------------------------------------------------
 
 
