@@ -1,4 +1,4 @@
-"""The verbs of the command line as Python functions: train, evaluate, rollout, export.
+"""The verbs of the command line as Python functions: train, evaluate, rollout, replay, export.
 
 torch is loaded when one of them is called, not before.
 """
@@ -16,6 +16,9 @@ from agentrl.config import SCHEMA_VERSION, Config, parse
 from agentrl.console import Reporter, make_reporter
 from agentrl.errors import UsageError
 from agentrl.loader import Loaded, as_text, load
+from agentrl.replay.verbs import fork as fork
+from agentrl.replay.verbs import replay as replay
+from agentrl.replay.verbs import rescore as rescore
 from agentrl.store import RunFolder
 from agentrl.train.options import HFModel
 from agentrl.tuning import tune
