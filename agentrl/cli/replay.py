@@ -94,7 +94,7 @@ def replay(
             raise UsageError(f"{name} {with_} --from-turn")
     source = next(word for word in words if word not in given.overrides)
     common: dict[str, Any] = {"overrides": given.overrides, "attempt": attempt}
-    filters = {"stage": stage, "step": step, "split": split, "sample": sample, "n": n}
+    filters: dict[str, Any] = {"stage": stage, "step": step, "split": split, "sample": sample, "n": n}
     reporter = make_reporter(as_json=json)
     try:
         if from_turn is not None:
@@ -255,16 +255,16 @@ def _means(found: Rescoring) -> Table:
         table.add_row(f"{stage} reward", str(len(both)), *_arrow([o for o, _ in both], [w for _, w in both]))
         names = sorted({name for pair in verdicts for verdict in pair for name in verdict.parts})
         for name in names if len(names) > 1 else ():
-            sides = [[verdict.parts.get(name) for verdict in side] for side in zip(*verdicts, strict=True)]
-            table.add_row(Text(f"  {visible(name)}"), "", *_arrow(*sides))
-        won = [
-            [v.success if v.success is None else float(v.success) for v in side] for side in zip(*verdicts, strict=True)
-        ]
-        table.add_row("  success", "", *_arrow(*won, show=percent))
+            old, new = ([verdict.parts.get(name) for verdict in side] for side in zip(*verdicts, strict=True))
+            table.add_row(Text(f"  {visible(name)}"), "", *_arrow(old, new))
+        old, new = (
+            [None if v.success is None else float(v.success) for v in side] for side in zip(*verdicts, strict=True)
+        )
+        table.add_row("  success", "", *_arrow(old, new, show=percent))
     return table
 
 
-def _arrow(old: list[float | None], new: list[float | None], show: Any = number) -> tuple[str, str, str]:
+def _arrow(old: list[float | None], new: list[float | None], *, show: Any = number) -> tuple[str, str, str]:
     means = []
     for values in (old, new):
         known = [value for value in values if value is not None]

@@ -14,7 +14,8 @@ from agentrl.env import Env, Episode, Obs
 from agentrl.errors import AgentRLError, EnvError, PolicyError, ToolError
 from agentrl.host import Answer, Host
 from agentrl.instance import Scored
-from agentrl.replay.difference import Difference, complaint, differing_turn
+from agentrl.replay.difference import Difference, differing_turn
+from agentrl.rollout.actors import complaint
 from agentrl.rollout.deadlines import Deadlines
 from agentrl.rollout.seeds import seed_of
 from agentrl.task import Task
@@ -105,7 +106,7 @@ class Acting:
         pieces = [use.result.text if a is None else text_of(a.content) for use, a in zip(uses, answers, strict=True)]
         rewards = [answer.reward for answer in answers if answer is not None and answer.reward is not None]
         self.done = any(answer is not None and answer.done for answer in answers)
-        error = complaint(turn, [use.result.text for use in turn.tools])
+        error = complaint(turn)
         if error is not None:
             pieces.append(f"Error: {error}")
         elif not turn.tools and turn.finish == "stop":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -107,11 +107,3 @@ def differing_score(
         if mine != yours:
             return Difference("score", mine, yours)
     return None
-
-
-def complaint(turn: Turn, results: Sequence[str]) -> str | None:
-    """What a turn's reader complained of (a call that could not be read), which follows the `results` of those
-    that could; None where it did not."""
-    if turn.error != "parse":
-        return None
-    return turn.observation[len("\n".join(results)) :].removeprefix("\n").removeprefix("Error: ")
