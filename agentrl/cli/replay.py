@@ -188,7 +188,7 @@ def _rescored(source: str, found: Rescoring, as_json: bool) -> int:
     refused = ""
     try:
         path: Path | None = keep(folder, found)
-    except UsageError as error:
+    except (UsageError, RunFailed) as error:  # a folder that may only be read
         path, refused = None, str(error)
     if as_json:
         for each in found.episodes:

@@ -125,7 +125,10 @@ class Check:
     async def _judged(self, entry: Entry, record: Trajectory) -> Checked:
         if record.outcome.kind == "failed":
             return _checked(entry, "partly", why=f"{record.outcome} has no score to compare")
-        parts, reward, success, touched = await scored_from_record(self.source, entry, record)
+        try:
+            parts, reward, success, touched = await scored_from_record(self.source, entry, record)
+        except EnvError as error:
+            return _checked(entry, "diverged", difference=Difference("score", _verdict(record), str(error)))
         if touched:
             raise CannotReplay(f"score reads self.{touched[0]}, which only a live episode has")
         different = differing_score(record, parts, reward, success)

@@ -23,7 +23,7 @@ from agentrl.chat import ChatFormat
 from agentrl.config import SCHEMA_VERSION, Config, EvalSection
 from agentrl.console import Message, Reporter, make_reporter
 from agentrl.content import Image, text_of
-from agentrl.context import AppendOnly
+from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.env import Say
 from agentrl.errors import RunFailed, UsageError
 from agentrl.loader import as_text
@@ -43,6 +43,7 @@ from agentrl.train.options import HFModel, ScratchModel
 from agentrl.train.parts import make_chat, policy_actor
 from agentrl.train.serving import open_engine
 from agentrl.train.stages import RLStage
+from agentrl.train.trainer import stage_labels
 from agentrl.trajectory import Fork, Outcome, Source, Trajectory, Turn, ids_of
 
 
@@ -226,7 +227,7 @@ async def _branch(
         task=task,
         host=host_of(env, task, record.id, config.seed, deadlines),
         conversation=retelling,
-        context=next((s.context for s in config.stages if isinstance(s, RLStage)), AppendOnly()),
+        context=_context(config, entry.stage),
         limits=Limits(
             max_turns=env.max_turns,
             max_tokens=rollout.max_tokens,
@@ -264,6 +265,13 @@ async def _branch(
         fork=Fork(record.id, turn, retelling.n_shared),
         extra={**trajectory.extra, "forked": {"run": str(source.folder), "attempt": entry.attempt, "by": voice.what}},
     )
+
+
+def _context(config: Config, stage: str) -> ContextPolicy:
+    """The context policy that a stage's episodes were played with: its own, or that of the stage it prepares."""
+    labels = stage_labels(config.stages)
+    at = next((i for i, label in enumerate(labels) if stage == label or stage.startswith(f"{label}-")), 0)
+    return next((each.context for each in config.stages[at:] if isinstance(each, RLStage)), AppendOnly())
 
 
 def _compare(episode: LiveEpisode, number: int, recorded: Turn, now: Turn | None) -> None:

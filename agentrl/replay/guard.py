@@ -25,6 +25,7 @@ from agentrl.store import Entry
 from agentrl.trajectory import Trajectory
 
 _CONSTANT = frozenset({"options", "max_turns", "reward_range", "success_at", "reward_weights", "isolation"})
+_WHOLE = frozenset({"__dict__", "__getstate__", "__reduce__", "__reduce_ex__"})  # all of an instance's state
 _CODE = (FunctionType, staticmethod, classmethod, property)
 
 
@@ -62,7 +63,7 @@ def _guarded(cls: type[Env], touched: list[str]) -> type[Env]:
 
     def look(self: Any, name: str) -> Any:
         own = object.__getattribute__(self, "__dict__")
-        known = name in _CONSTANT or (name.startswith("__") and name != "__dict__")
+        known = name in _CONSTANT or (name.startswith("__") and name not in _WHOLE)
         if known or (name not in own and isinstance(inspect.getattr_static(cls, name, None), _CODE)):
             return super(made, self).__getattribute__(name)
         touched.append(name)

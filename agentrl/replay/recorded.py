@@ -175,8 +175,11 @@ class Recorded:
                 watcher.progress(what, done, len(entries), {})
             return result
 
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(one(entry)) for entry in entries]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(one(entry)) for entry in entries]
+        except BaseExceptionGroup as group:
+            raise group.exceptions[0] from None  # the others were cancelled because of it
         return [task.result() for task in running]
 
     async def patiently(self, work: Callable[[], Awaitable[T]]) -> T:

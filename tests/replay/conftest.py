@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ import agentrl
 from agentrl import cli
 from agentrl.config import SCHEMA_VERSION, Config, parse
 from agentrl.loader import as_text
+from agentrl.registry import load_file
 from agentrl.store import RunFolder, StoreWriter
 from agentrl.train.options import ScratchTokenizer
 from agentrl.train.parts import demonstrate, make_chat, make_env, make_manager, take
+from agentrl.train.stages import RLStage
 from agentrl.train.tokenizer import bootstrap_tokenizer
 
+WAYWARD = Path(__file__).parent / "wayward.py"
 MUON = {"name": "muon", "momentum": 0.95, "betas": [0.9, 0.95], "clip": 1.0}
 ARCH = {
     "model_type": "qwen3",
@@ -65,7 +69,9 @@ async def _play(config: Config, folder: Path, n: int) -> None:
     await env.prepare()
     with StoreWriter(folder) as writer:
         chat = make_chat(config, bootstrap_tokenizer(ScratchTokenizer()))
-        groups = await demonstrate(make_manager(config, env, writer), chat, take(env, n, seed=config.seed), stage="sft")
+        manager, tasks = make_manager(config, env, writer), take(env, n, seed=config.seed)
+        context = next((stage.context for stage in config.stages if isinstance(stage, RLStage)), None)
+        groups = await demonstrate(manager, chat, tasks, stage="sft", context=context)
         writer.add([m.trajectory for g in groups for m in g.members], step=0, stage="sft", split="demo")
     await env.retire()
 
@@ -105,3 +111,13 @@ def said(capsys: pytest.CaptureFixture[str]) -> Said:
         return code, " ".join((heard.out + heard.err).split())
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def wayward() -> ModuleType:
+    """The environment's module, its globals as at the start."""
+    module = load_file(WAYWARD)
+    module.COUNT[0] = 0
+    for each in (module.CLOSED, module.GONE, module.SEEN):
+        each.clear()
+    return module

@@ -14,22 +14,11 @@ import pytest
 
 import agentrl
 from agentrl.errors import UsageError
-from agentrl.registry import load_file
 from agentrl.sandboxes import backend
 from agentrl.store import StoreReader
 
 WAYWARD = Path(__file__).parent / "wayward.py"
 SPEC = f"{WAYWARD}:Wayward"
-
-
-@pytest.fixture(autouse=True)
-def wayward() -> ModuleType:
-    """The environment's module, its globals as at the start."""
-    module = load_file(WAYWARD)
-    module.COUNT[0] = 0
-    for each in (module.CLOSED, module.GONE, module.SEEN):
-        each.clear()
-    return module
 
 
 @pytest.mark.parametrize("env", ["calculator", "guess", {"id": "calculator", "options": {"kind": "mixed"}}])
