@@ -142,7 +142,7 @@ def _table(report: Report) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("stage", no_wrap=True)
     acted = ("turns", "calls") if report.tools == "live" else ()
-    for title in ("episodes", *acted, "same", "in part", "diverged", "not replayed"):
+    for title in ("episodes", *acted, "same", "in part", "diverged", "no replay"):
         table.add_column(title, justify="right")
     groups: dict[str, list[Checked]] = {}
     for each in report.episodes:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from agentrl.trajectory import ToolResult, Trajectory, Turn
+from agentrl.trajectory import ToolCall, ToolResult, Trajectory, Turn
 
 What = Literal["state", "result", "observation", "reward", "length", "outcome", "score", "environment"]
 _BEFORE, _AFTER = 24, 72  # characters shown before the first one that differs, and from it on
@@ -78,7 +78,7 @@ def differing_turn(number: int, recorded: Turn, now: Turn) -> Difference | None:
     if recorded.anchor is not None and recorded.anchor != now.anchor:
         return Difference("state", recorded.anchor, now.anchor, number)
     if [use.call for use in recorded.tools] != [use.call for use in now.tools]:
-        calls = [[_spelt(use.call.name, use.call.arguments) for use in turn.tools] for turn in (recorded, now)]
+        calls = [[spelt(use.call) for use in turn.tools] for turn in (recorded, now)]
         return Difference("environment", calls[0], calls[1], number)
     for call, (mine, yours) in enumerate(zip(recorded.tools, now.tools, strict=True)):
         different = differing_result(number, call, mine.call.name, mine.result, yours.result)
@@ -91,8 +91,9 @@ def differing_turn(number: int, recorded: Turn, now: Turn) -> Difference | None:
     return None
 
 
-def _spelt(name: str, arguments: Mapping[str, Any]) -> str:
-    return f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})"
+def spelt(call: ToolCall) -> str:
+    """A call as one writes it: `lookup(order=3)`."""
+    return f"{call.name}({', '.join(f'{key}={value!r}' for key, value in call.arguments.items())})"
 
 
 def differing_score(

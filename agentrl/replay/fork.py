@@ -29,7 +29,7 @@ from agentrl.errors import RunFailed, UsageError
 from agentrl.loader import as_text
 from agentrl.play import read_calls
 from agentrl.replay.acting import CannotReplay, host_of
-from agentrl.replay.difference import differing_turn
+from agentrl.replay.difference import differing_turn, spelt
 from agentrl.replay.recorded import Recorded
 from agentrl.replay.retelling import PERSON, Retellable, Retelling, Silent
 from agentrl.rollout.actors import Actor
@@ -323,7 +323,10 @@ def _copy_images(reader: StoreReader, record: Trajectory, writer: StoreWriter) -
 def _messages(task: Task, branch: Trajectory) -> list[Message]:
     messages: list[Message] = [("user", text_of(task.prompt))]
     for turn in branch.turns:
-        messages.append(("person" if turn.actor == PERSON else "assistant", turn.text))
+        if turn.actor == PERSON:
+            messages.append(("person", "; ".join(spelt(use.call) for use in turn.tools) or turn.text))
+        else:
+            messages.append(("assistant", turn.text))
         if turn.observation:
             messages.append(("tool" if turn.tools else "user", turn.observation))
     return messages
