@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from agentrl.env import Score as Score
     from agentrl.errors import InfraError as InfraError
     from agentrl.errors import ToolError as ToolError
+    from agentrl.replay.verbs import fork as fork
+    from agentrl.replay.verbs import replay as replay
+    from agentrl.replay.verbs import rescore as rescore
     from agentrl.task import Task as Task
     from agentrl.tool import Toolkit as Toolkit
     from agentrl.tool import tool as tool
@@ -43,6 +46,9 @@ _HOME = {
     "ToolCall": "agentrl.trajectory",
     "evaluate": "agentrl.api",
     "export": "agentrl.api",
+    "fork": "agentrl.replay.verbs",
+    "replay": "agentrl.replay.verbs",
+    "rescore": "agentrl.replay.verbs",
     "rollout": "agentrl.api",
     "train": "agentrl.api",
 }

@@ -1,4 +1,4 @@
-"""The verbs of the command line as Python functions: train, evaluate, rollout, export.
+"""The verbs of the command line as Python functions: train, evaluate, rollout, replay, export.
 
 torch is loaded when one of them is called, not before.
 """
@@ -16,6 +16,9 @@ from agentrl.config import SCHEMA_VERSION, Config, parse
 from agentrl.console import Reporter, make_reporter
 from agentrl.errors import UsageError
 from agentrl.loader import Loaded, as_text, load
+from agentrl.replay.verbs import fork as fork
+from agentrl.replay.verbs import replay as replay
+from agentrl.replay.verbs import rescore as rescore
 from agentrl.store import RunFolder
 from agentrl.train.options import HFModel
 from agentrl.tuning import tune
@@ -130,7 +133,7 @@ def evaluate(
         if model is not None:
             config = config.model_copy(update={"model": HFModel(path=str(model))})
             return asyncio.run(Judge(config, reporter, n=n, samples=samples, split=split).policy(None, None, decode))
-        at = _checkpoint(run, checkpoint)
+        at = checkpoint_of(run, checkpoint)
         if at is not None:
             reporter.note(f"the policy of {at}")
         return asyncio.run(judge.policy(run, at, decode))
@@ -156,7 +159,7 @@ def rollout(
     try:
         from agentrl.train.judge import Judge
 
-        path, at = Path(out), _checkpoint(run, checkpoint)
+        path, at = Path(out), checkpoint_of(run, checkpoint)
         text = source.yaml if isinstance(source, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv) as folder:
             if at is not None:
@@ -182,7 +185,7 @@ def export(source: str | Path, folder: str | Path, *, merge: bool = True, checkp
     tune()
     from agentrl.train.judge import restored_policy
 
-    policy = asyncio.run(restored_policy(as_config(run / "config.resolved.yaml"), run, _checkpoint(run, checkpoint)))
+    policy = asyncio.run(restored_policy(as_config(run / "config.resolved.yaml"), run, checkpoint_of(run, checkpoint)))
     policy.save_hf(out, merge=merge)
     return out
 
@@ -193,7 +196,7 @@ def _run_folder(source: object) -> Path | None:
     return None
 
 
-def _checkpoint(run: Path | None, name: str | None) -> Path | None:
+def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
     """The checkpoint that `name` means: "best" (the default), "last", or a folder."""
     if run is None:
         if name is None:

@@ -16,11 +16,13 @@ import importlib.metadata
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from pydantic import ValidationError
 
 from agentrl.env import Env
 from agentrl.errors import UsageError
@@ -71,6 +73,19 @@ def find_env(spec: str, base: Path | None = None) -> type[Env]:
         f"no environment is called {spec!r}{_hint(name, targets)}; the ids are {_names(targets)}, "
         "and a class of your own is written as file.py:Class or package.module:Class"
     )
+
+
+def make_env(spec: str, options: Mapping[str, Any]) -> Env:
+    """The template of the environment that `spec` names, with its own options. Raises `UsageError` for unknown ones."""
+    cls = find_env(spec)
+    try:
+        return cls(options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        known = ", ".join(cls.Options.model_fields) or "none"
+        raise UsageError(
+            f"env.options.{'.'.join(map(str, first['loc']))}: {first['msg']} ({cls.__name__} has the options: {known})"
+        ) from error
 
 
 def load_file(path: str | Path, name: str | None = None) -> ModuleType:

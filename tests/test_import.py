@@ -19,6 +19,8 @@ HEAVY = ("torch", "transformers", "matplotlib", "wandb", "peft")
         "from agentrl.cli import run; assert run(['--help']) == 0",
         "from agentrl.cli import run; assert run(['train', '--help']) == 0 and run(['eval', '--help']) == 0",
         "from agentrl.cli import run; assert run(['export', 'hf', '--help']) == 0 and run(['config', '--help']) == 0",
+        "from agentrl.cli import run; assert run(['replay', '--help']) == 0",
+        "import agentrl.replay.check, agentrl.replay.rescore, agentrl.replay.verbs; agentrl.replay",
         "from agentrl.cli import run; assert run(['env', '--help']) == 0 and run(['--version']) == 0",
         "from agentrl.cli import run; assert run(['trian']) == 2",
     ],

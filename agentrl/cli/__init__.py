@@ -30,6 +30,7 @@ VERBS = {
     "train": ("agentrl.cli.train:train", "Train a policy as a configuration says."),
     "eval": ("agentrl.cli.evaluate:evaluate", "Evaluate a run, a model folder or an endpoint on held-out tasks."),
     "rollout": ("agentrl.cli.rollout:rollout", "Play episodes and record them, without training."),
+    "replay": ("agentrl.cli.replay:replay", "Act recorded episodes out again: check, score anew, go on from a turn."),
     "env": ("agentrl.cli.env:app", "Scaffold, list, check and play environments."),
     "sandbox": ("agentrl.cli.sandbox:app", "Build, examine and try the sandboxes that programs run in."),
     "engine": ("agentrl.cli.engine:app", "Install and serve model servers; check and measure engines."),

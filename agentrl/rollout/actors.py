@@ -150,7 +150,7 @@ class PolicyActor:
         return _PolicyConversation(self, session, group, tools)
 
 
-class _TokenConversation:
+class TokenConversation:
     """What conversations in token ids share: a dialogue, begun afresh whenever a context is rebuilt."""
 
     def __init__(self, chat: ChatFormat, tools: Sequence[dict[str, Any]], name: str) -> None:
@@ -170,6 +170,19 @@ class _TokenConversation:
     def extend(self, messages: Sequence[Message]) -> None:
         self._dialogue.extend(messages)
 
+    def retell(self, turn: Turn) -> Spoken:
+        """Say the words of a recorded turn again, by the very span of the record; no engine is asked."""
+        return self._told(turn.output[0], turn.finish, turn.sampling)
+
+    def say(self, say: Say, origin: Origin, actor: str) -> Spoken:
+        """Say what somebody else wrote, in the form in which the policy would have said it."""
+        ids = self._chat.say(self._dialogue, say)
+        return self._told(Span(ids, "assistant", origin, actor), "stop", Sampling(max_tokens=max(1, len(ids))))
+
+    def _told(self, span: Span, finish: FinishReason, sampling: Sampling) -> Spoken:
+        context, parsed = self._dialogue.context, self._dialogue.parse(span.ids)
+        return Spoken(context, self._dialogue.heard(span, parsed), parsed, finish, sampling)
+
     @property
     def speaker(self) -> str:
         return self._name
@@ -179,7 +192,7 @@ class _TokenConversation:
         return None
 
 
-class _PolicyConversation(_TokenConversation):
+class _PolicyConversation(TokenConversation):
     def __init__(self, actor: PolicyActor, session: str, group: str, tools: Sequence[dict[str, Any]]) -> None:
         super().__init__(actor.chat, tools, actor.name)
         self._actor = actor
@@ -234,6 +247,15 @@ class _PolicyConversation(_TokenConversation):
         await self._actor.engine.release(self._session)
 
 
+def complaint(turn: Turn) -> str | None:
+    """What a recorded turn's reader complained of (a call that could not be read); None where it did not. The
+    complaint follows the results of the calls that could be read."""
+    if turn.error != "parse":
+        return None
+    results = "\n".join(use.result.text for use in turn.tools)
+    return turn.observation[len(results) :].removeprefix("\n").removeprefix("Error: ")
+
+
 def _recorded_reply(turn: Turn) -> Generation:
     """The engine's reply that became `turn`."""
     spans = turn.sampled
@@ -262,7 +284,7 @@ class ExpertActor:
         return _ExpertConversation(self, expert, tools)
 
 
-class _ExpertConversation(_TokenConversation):
+class _ExpertConversation(TokenConversation):
     def __init__(self, actor: ExpertActor, expert: Expert, tools: Sequence[dict[str, Any]]) -> None:
         super().__init__(actor.chat, tools, actor.name)
         self._origin: Origin = actor.origin
@@ -272,12 +294,7 @@ class _ExpertConversation(_TokenConversation):
         say = await self._expert.say(heard)
         if say is None:
             return None
-        context = self._dialogue.context
-        ids = self._chat.say(self._dialogue, say)
-        parsed = self._dialogue.parse(ids)
-        span = Span(ids, "assistant", self._origin, self._name)
-        sampling = Sampling(max_tokens=max(1, len(ids)))
-        return Spoken(context, self._dialogue.heard(span, parsed), parsed, "stop", sampling)
+        return self.say(say, self._origin, self._name)
 
     async def fork(self, session: str) -> _ExpertConversation:
         raise EnvError("a scripted expert cannot be forked: generators cannot be copied")

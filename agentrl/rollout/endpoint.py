@@ -13,9 +13,10 @@ import httpx
 
 from agentrl.chat import Message, Parsed
 from agentrl.content import Content, parts_of, text_of
+from agentrl.env import Say
 from agentrl.errors import InfraError, UsageError
-from agentrl.rollout.actors import Conversation, Expert, Spoken
-from agentrl.trajectory import FinishReason, Sampling, Source, ToolCall, Turn
+from agentrl.rollout.actors import Conversation, Expert, Spoken, complaint
+from agentrl.trajectory import FinishReason, Origin, Sampling, Source, ToolCall, Turn
 
 _TRIES = 3
 _RETRIED = {408, 409, 429, 500, 502, 503, 504}
@@ -106,6 +107,34 @@ class _EndpointConversation:
             else:  # an error that answers no call of its own, or the environment's reply
                 self._messages.append(_as_openai(Message("user", message.content)))
 
+    def retell(self, turn: Turn) -> Spoken:
+        """Say a recorded turn again: the model reads it as its own words. Nothing is asked of the endpoint."""
+        calls = [use.call for use in turn.tools]
+        error = complaint(turn)
+        self._spoke(turn.final_text or (turn.text if error is not None else ""), calls)
+        parsed = Parsed(turn.text, turn.final_text, "", tuple(calls), error)
+        return Spoken((), (), parsed, turn.finish, turn.sampling, turn.cost)
+
+    def say(self, say: Say, origin: Origin, actor: str) -> Spoken:
+        """Say what somebody else wrote."""
+        self._spoke(say.text, say.calls)
+        return Spoken((), (), Parsed(_shown(say.text, say.calls), say.text.strip(), "", say.calls), "stop", Sampling())
+
+    def _spoke(self, text: str, calls: Sequence[ToolCall]) -> None:
+        """Put an assistant's message down, its calls with ids that the answers can name."""
+        self._open_calls = [call.id or f"call_{len(self._messages)}_{n}" for n, call in enumerate(calls)]
+        message: dict[str, Any] = {"role": "assistant", "content": text or None}
+        if calls:
+            message["tool_calls"] = [
+                {
+                    "id": identity,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": json.dumps(dict(call.arguments), ensure_ascii=False)},
+                }
+                for identity, call in zip(self._open_calls, calls, strict=True)
+            ]
+        self._messages.append(message)
+
     async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
         endpoint = self._actor.endpoint
         sampling = Sampling(endpoint.temperature, max_tokens=max_tokens, seed=seed)
@@ -171,5 +200,11 @@ def _parse(said: dict[str, Any]) -> Parsed:
             calls.append(ToolCall(name, arguments, str(call.get("id", ""))))
         else:
             errors.append(f"the arguments of {name} must be a JSON object")
-    shown = text + "".join(f"\n[{call.name} {json.dumps(dict(call.arguments), ensure_ascii=False)}]" for call in calls)
-    return Parsed(shown, text.strip(), said.get("reasoning_content") or "", tuple(calls), "; ".join(errors) or None)
+    return Parsed(
+        _shown(text, calls), text.strip(), said.get("reasoning_content") or "", tuple(calls), "; ".join(errors) or None
+    )
+
+
+def _shown(text: str, calls: Sequence[ToolCall]) -> str:
+    """A message in the record's words: its text, then its calls."""
+    return text + "".join(f"\n[{call.name} {json.dumps(dict(call.arguments), ensure_ascii=False)}]" for call in calls)

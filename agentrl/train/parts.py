@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from transformers import AutoTokenizer
 
+from agentrl import registry
 from agentrl.algo.sampler import TaskDraw
 from agentrl.chaos import Chaos
 from agentrl.chat import ChatFormat
@@ -19,7 +19,6 @@ from agentrl.context import ContextPolicy
 from agentrl.engines import Engine
 from agentrl.env import Env, tasks_of
 from agentrl.errors import UsageError
-from agentrl.registry import find_env
 from agentrl.rollout.actors import ExpertActor, PolicyActor
 from agentrl.rollout.manager import Recorder, RolloutLimits, RolloutManager, Watcher
 from agentrl.rollout.strategy import FlatRollouts
@@ -32,15 +31,7 @@ from agentrl.trajectory import Group, Sampling, ids_of
 
 def make_env(config: Config) -> Env:
     """The environment's template with its own options. Raises `UsageError` for unknown options."""
-    cls = find_env(config.env.id)
-    try:
-        return cls(config.env.options)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        known = ", ".join(cls.Options.model_fields) or "none"
-        raise UsageError(
-            f"env.options.{'.'.join(map(str, first['loc']))}: {first['msg']} ({cls.__name__} has the options: {known})"
-        ) from error
+    return registry.make_env(config.env.id, config.env.options)
 
 
 def limits_of(config: Config) -> RolloutLimits:
