@@ -108,6 +108,7 @@ class Keeper:
             await self.engine.regain(post.server)
             self._tell(f"{post.server.name} broke off, and goes on")
         except (InfraError, Refused):
+            await asyncio.sleep(FIRST_PAUSE)
             self.engine.suspect(post.server)
 
     async def _rest(self, post: Post) -> None:
@@ -125,9 +126,9 @@ class Keeper:
             try:
                 await post.server.alive(max(self._patience - (time.monotonic() - silent), 1.0))
                 return None
-            except Refused:
-                return None  # it speaks
-            except InfraError as error:
+            except (InfraError, Refused) as error:
+                if isinstance(error, Refused) and error.status < 500:
+                    return None  # it speaks; a 5xx may be the word of what stands before it
                 if self.engine.updating:
                     silent = time.monotonic()
                 seconds = time.monotonic() - silent

@@ -190,7 +190,7 @@ class ServerProcess:
     async def ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it answers. Raises `InfraError`, with what it said last, where it ends or takes too long."""
         deadline = time.monotonic() + seconds
-        async with httpx.AsyncClient(base_url=self.launch.url, timeout=5) as client:
+        async with httpx.AsyncClient(base_url=self.launch.url, timeout=5, trust_env=False) as client:  # past any proxy
             while time.monotonic() < deadline:
                 if not self.running:
                     raise InfraError(f"{self._name} did not start: {self.ending()}")
@@ -203,7 +203,7 @@ class ServerProcess:
     def ending(self) -> str:
         """How it ended, with its last words where it had any."""
         code = self.code or 0
-        if code > 128:
+        if code - 128 in set(signal.Signals):
             return f"it was killed by {signal.Signals(code - 128).name} (its log: {self.log})"
         return f"it ended with code {code}: {self.last_words()}"
 

@@ -84,6 +84,35 @@ def test_a_server_that_dies_says_its_last_words(tmp_path: Path) -> None:
     asyncio.run(life())
 
 
+def test_a_server_may_end_with_any_code(tmp_path: Path) -> None:
+    async def life(words: str) -> str:
+        server = ServerProcess.start(
+            Launch("vllm", program(tmp_path, words), tmp_path, free_port()), tmp_path / "server.log"
+        )
+        while server.running:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        return server.ending()
+
+    assert "ended with code 255: fatal" in asyncio.run(life("print('fatal', flush=True)\nimport os; os._exit(255)"))
+    assert "killed by SIGABRT" in asyncio.run(life("import os; os.abort()"))
+
+
+def test_a_proxy_does_not_stand_before_a_server_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    async def life() -> None:
+        launch = Launch("sglang", program(tmp_path, SERVER), tmp_path, free_port())
+        server = ServerProcess.start(launch, tmp_path / "server.log")
+        try:
+            await server.ready(10)
+        finally:
+            await server.stop()
+
+    asyncio.run(life())
+
+
 def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
     sglang = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, cores=(2, 3), flags=("--tp", "2"))
     words, added = " ".join(sglang.words()), sglang.environment()

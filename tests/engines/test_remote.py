@@ -280,6 +280,26 @@ def test_once_given_up_nobody_waits_for_what_is_lost_later() -> None:
     run(2, work)
 
 
+def test_a_server_that_comes_back_while_the_others_sleep_waits_until_they_wake() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        await engine.update_weights(WEIGHTS, 1)
+        engine.lose(servers[0], "killed")
+        await engine.sleep()
+        await engine.sleep()
+        back = asyncio.ensure_future(engine.regain(servers[0]))
+        await asyncio.sleep(0.01)
+        assert not back.done() and servers[0].steps[-1] == "resume"
+        await engine.wake()
+        await engine.wake()
+        await engine.update_weights(WEIGHTS, 2)
+        await back
+        assert "wake" not in servers[0].steps and servers[1].steps.count("wake") == 1
+        assert [server.version for server in servers] == [2, 2] and engine.trouble is None
+        assert (await engine.generate(request())).finish == "stop"
+
+    run(2, work)
+
+
 def test_nothing_comes_back_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.05)
 
@@ -297,6 +317,49 @@ def test_ids_that_the_model_lacks_are_never_sent() -> None:
             with pytest.raises(UsageError, match="outside the vocabulary"):
                 await engine.generate(Request(as_ids([1, bad]), Sampling(), "s"))
         assert not servers[0].served
+
+    run(1, work)
+
+
+def test_a_server_that_does_not_come_back_is_not_asked_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.engines.keeper.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("agentrl.engines.keeper.FIRST_PAUSE", 60)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        (server,) = servers
+        asked = []
+
+        def breaks() -> int:
+            asked.append(1)
+            return 1
+
+        server.breaks_pause = breaks
+        engine.lose(server, "it did not pause")
+        keeper = Keeper(engine, [Post(server)], lambda _: None, patience=5, restarts=0)
+        while not asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(asked) == 1
+        await keeper.close()
+
+    run(1, work)
+
+
+def test_a_server_that_has_nothing_but_errors_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.engines.keeper.LOOK_SECONDS", 0.01)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        heard: asyncio.Queue[str] = asyncio.Queue()
+        (server,) = servers
+
+        async def alive(seconds: float) -> None:
+            raise Refused(server.url, "/server_info", 502, "bad gateway")
+
+        server.alive = alive  # type: ignore[method-assign]
+        keeper = Keeper(engine, [Post(server)], heard.put_nowait, patience=0.05, restarts=0)
+        assert "bad gateway" in await heard.get() and engine.has_lost(server)
+        await keeper.close()
 
     run(1, work)
 
