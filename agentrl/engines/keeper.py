@@ -20,7 +20,7 @@ from agentrl.engines.http import Refused
 from agentrl.engines.launch import Launch, ServerProcess
 from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.servers import ModelServer
-from agentrl.errors import AgentRLError, InfraError, RunFailed
+from agentrl.errors import AgentRLError, InfraError, RunFailed, UsageError
 
 LOOK_SECONDS = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a server is started again
@@ -53,6 +53,14 @@ async def start(launches: Sequence[Launch], logs: Path) -> list[ServerProcess]:
         await asyncio.shield(asyncio.gather(*(process.stop() for process in processes)))
         raise
     return processes
+
+
+def _again(process: ServerProcess) -> ServerProcess:
+    """Started once more. Raises `InfraError` where that cannot be now, such as for a port that somebody took."""
+    try:
+        return process.again()
+    except (UsageError, OSError) as error:
+        raise InfraError(str(error)) from error
 
 
 class Keeper:
@@ -148,7 +156,7 @@ class Keeper:
                         return self._gives_up(post)
                     post.restarts += 1
                     await post.process.stop(gently=False)
-                    post.process = post.process.again()
+                    post.process = _again(post.process)
                     await post.process.ready()
                 await post.server.alive(self._patience)
                 await post.server.info()

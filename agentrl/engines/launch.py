@@ -147,15 +147,22 @@ class ServerProcess:
 
     @classmethod
     def start(cls, launch: Launch, log: Path) -> ServerProcess:
-        """Start it; it does not answer yet. Raises `UsageError` for a port in use, or a missing environment."""
+        """Start it; it does not answer yet. Raises `UsageError` for a port in use, a missing environment, a log that
+        cannot be written."""
         if not launch.python.is_file():
             raise UsageError(f"there is no {launch.python}; run: agentrl engine install {launch.kind}")
+        if not 0 < launch.port < 2**16:
+            raise UsageError(f"{launch.port} is no port: name one from 1 to {2**16 - 1}, or none to take a free one")
         with socket.socket() as probe:
             if probe.connect_ex((LOOPBACK, launch.port)) == 0:
                 raise UsageError(f"port {launch.port} is in use; name another, or none to take a free one")
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as sink:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            sink = log.open("wb")
+        except OSError as error:
+            raise UsageError(f"{log} cannot be written ({error.strerror}); name another file for the log") from error
+        with sink:
             process = subprocess.Popen(
                 [sys.executable, "-I", str(LEASH), *launch.words()],
                 env=kept | launch.environment(),

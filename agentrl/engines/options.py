@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from agentrl.engines import InFlight
+from agentrl.errors import UsageError
 
 Sync: TypeAlias = Literal["disk", "tensor", "distributed", "adapter"]
 
@@ -41,6 +43,17 @@ class LaunchOptions(Options):
     python: str | None = Field(default=None, description="of the servers' environment; default: what was installed")
     flags: tuple[str, ...] = Field(default=(), description="more words for the server's command line")
     restarts: int = Field(default=10, ge=0, description="how often a server that died is started again")
+
+
+def server_url(url: str) -> str:
+    """`url`, where it can be a server's. Raises `UsageError`."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    except ValueError:  # its port is none
+        pass
+    raise UsageError(f"{url!r} is no server's address; write it as http://host:port")
 
 
 def _auto(value: object) -> object:
@@ -78,8 +91,7 @@ class ServerOptions(Options):
         if self.urls and self.launch is not None:
             raise ValueError("launch and urls exclude each other: name servers that run, or let the run start its own")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls: {url!r} is no URL; write it as http://host:port")
+            server_url(url)
         if len(set(self.urls)) < len(self.urls):
             raise ValueError("urls names a server twice; name each once")
         if self.sync == "adapter" and self.in_flight is not None:

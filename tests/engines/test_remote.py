@@ -15,6 +15,8 @@ from agentrl.engines import Generation, Request, remote
 from agentrl.engines.http import Refused
 from agentrl.engines.keeper import Keeper, Post
 from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.sglang import SGLangServer
+from agentrl.engines.vllm import VLLMServer
 from agentrl.errors import InfraError, RunFailed, UsageError
 from agentrl.trajectory import Sampling, as_floats, as_ids
 
@@ -389,3 +391,38 @@ def test_a_keeper_finds_what_died_and_brings_it_back(monkeypatch: pytest.MonkeyP
         assert "is lost: no sign of life" in told[0] and "is back after" in told[1]
 
     run(1, work)
+
+
+@pytest.mark.parametrize("kind", [SGLangServer, VLLMServer])
+@pytest.mark.parametrize(
+    ("status", "kind_of_error", "sentence"),
+    [(401, UsageError, "engine.api_key"), (404, UsageError, "is no .* server"), (502, InfraError, "HTTP 502")],
+)
+def test_a_server_that_says_no_is_understood(
+    kind: type[Any], status: int, kind_of_error: type[Exception], sentence: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            server = kind(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+            with pytest.raises(kind_of_error, match=sentence):
+                await server.info()
+            await server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_log_probs_that_are_no_numbers_are_no_reply() -> None:
+    sglang, vllm = SGLangServer("http://127.0.0.1:1"), VLLMServer("http://127.0.0.1:1")
+    for value in (float("nan"), float("-inf"), None):
+        about = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[value, 5, None]]}
+        with pytest.raises(InfraError, match="something else"):
+            sglang._generation({"meta_info": about, "output_ids": [5]})
+        choice = {"token_ids": [5], "logprobs": {"content": [{"logprob": value}]}, "finish_reason": "stop"}
+        with pytest.raises(InfraError, match="something else"):
+            vllm._generation({"choices": [choice]})
