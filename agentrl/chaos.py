@@ -43,6 +43,12 @@ class ChaosOptions(BaseModel):
     hang_every: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
+    def _used(self) -> ChaosOptions:
+        if self.seconds != type(self).model_fields["seconds"].default and not self.slow:
+            raise ValueError("seconds does nothing without slow, the share of requests that wait so long; set it too")
+        return self
+
+    @model_validator(mode="after")
     def _at_most_one(self) -> ChaosOptions:
         if self.slow + self.errors + self.garbage + self.halves > 1:
             raise ValueError(

@@ -29,9 +29,10 @@ SCHEMA_VERSION = 1
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, unknown keys refused."""
+    """A part of the configuration: frozen, unknown keys refused. Errors do not repeat what was given: it may hold a
+    secret."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
 
 class EnvSection(Section):

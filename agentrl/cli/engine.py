@@ -10,7 +10,6 @@ import tempfile
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from cyclopts import App, Parameter
 from rich.console import Console
@@ -84,6 +83,8 @@ def serve(
 
     if not (model / "config.json").is_file():
         raise UsageError(f"{model} is no Hugging Face model folder (it has no config.json)")
+    if cores < 1:
+        raise UsageError(f"--cores is a whole number above 0, not {cores}")
     where = _device(device)
     found = python or python_of(kind, where)
     if found is None:
@@ -92,7 +93,7 @@ def serve(
         kind=kind,
         python=found.absolute(),
         model=model.absolute(),
-        port=port or free_port(),
+        port=free_port() if port is None else port,
         device=where,
         dtype=("float32" if where == "cpu" else "bfloat16") if dtype == "auto" else dtype,
         cores=tuple(sorted(os.sched_getaffinity(0))[-cores:]),
@@ -259,9 +260,6 @@ async def _connect(kind: Kind, url: str, vocab: int, sync_folder: Path | None = 
     from agentrl.engines.sglang import SGLangServer
     from agentrl.engines.vllm import VLLMServer
 
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError(f"{url!r} is no server's address, such as http://127.0.0.1:30000")
     server = SGLangServer(url) if kind == "sglang" else VLLMServer(url)
     try:
         return await RemoteEngine.connect([server], vocab=vocab, sync_folder=sync_folder)

@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 
 from agentrl.chaos import Chaos, transport
-from agentrl.errors import AgentRLError, InfraError
+from agentrl.engines.options import server_url
+from agentrl.errors import AgentRLError, InfraError, UsageError
 
 CONNECTIONS = 1024  # a request holds one for as long as it generates
 IDLE_SECONDS = 2.0  # that a connection is kept: servers close theirs after five, perhaps as we write to it
@@ -32,7 +33,7 @@ class Http:
     """Requests to one server. `kind` names it in errors, such as "the SGLang server"."""
 
     def __init__(self, url: str, kind: str, api_key: str | None = None, chaos: Chaos | None = None) -> None:
-        self.url = url.rstrip("/")
+        self.url = server_url(url).rstrip("/")
         self.kind = kind
         inner = httpx.AsyncHTTPTransport(
             limits=httpx.Limits(
@@ -86,6 +87,15 @@ class Http:
         if reply.status_code != 200:
             raise Refused(self.url, path, reply.status_code, said(reply))
         return reply
+
+
+def unlike(error: Exception, url: str, sentence: str) -> AgentRLError:
+    """What is wrong at `url`, where nothing answers as it should: `sentence`, unless it keeps us out or is ill."""
+    if isinstance(error, Refused) and error.status in (401, 403):
+        return UsageError(f"{url} keeps us out (HTTP {error.status}): set engine.api_key to its key, or correct it")
+    if isinstance(error, Refused) and error.status >= 500:
+        return InfraError(str(error))
+    return UsageError(sentence)
 
 
 def said(reply: httpx.Response) -> str:

@@ -20,7 +20,7 @@ from agentrl.engines.http import Refused
 from agentrl.engines.launch import Launch, ServerProcess
 from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.servers import ModelServer
-from agentrl.errors import AgentRLError, InfraError, RunFailed
+from agentrl.errors import AgentRLError, InfraError, RunFailed, UsageError
 
 LOOK_SECONDS = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a server is started again
@@ -53,6 +53,14 @@ async def start(launches: Sequence[Launch], logs: Path) -> list[ServerProcess]:
         await asyncio.shield(asyncio.gather(*(process.stop() for process in processes)))
         raise
     return processes
+
+
+def _again(process: ServerProcess) -> ServerProcess:
+    """Started once more. Raises `InfraError` where that cannot be now, such as for a port that somebody took."""
+    try:
+        return process.again()
+    except (UsageError, OSError) as error:
+        raise InfraError(str(error)) from error
 
 
 class Keeper:
@@ -108,6 +116,7 @@ class Keeper:
             await self.engine.regain(post.server)
             self._tell(f"{post.server.name} broke off, and goes on")
         except (InfraError, Refused):
+            await asyncio.sleep(FIRST_PAUSE)
             self.engine.suspect(post.server)
 
     async def _rest(self, post: Post) -> None:
@@ -125,9 +134,9 @@ class Keeper:
             try:
                 await post.server.alive(max(self._patience - (time.monotonic() - silent), 1.0))
                 return None
-            except Refused:
-                return None  # it speaks
-            except InfraError as error:
+            except (InfraError, Refused) as error:
+                if isinstance(error, Refused) and error.status < 500:
+                    return None  # it speaks; a 5xx may be the word of what stands before it
                 if self.engine.updating:
                     silent = time.monotonic()
                 seconds = time.monotonic() - silent
@@ -147,7 +156,7 @@ class Keeper:
                         return self._gives_up(post)
                     post.restarts += 1
                     await post.process.stop(gently=False)
-                    post.process = post.process.again()
+                    post.process = _again(post.process)
                     await post.process.ready()
                 await post.server.alive(self._patience)
                 await post.server.info()

@@ -147,15 +147,22 @@ class ServerProcess:
 
     @classmethod
     def start(cls, launch: Launch, log: Path) -> ServerProcess:
-        """Start it; it does not answer yet. Raises `UsageError` for a port in use, or a missing environment."""
+        """Start it; it does not answer yet. Raises `UsageError` for a port in use, a missing environment, a log that
+        cannot be written."""
         if not launch.python.is_file():
             raise UsageError(f"there is no {launch.python}; run: agentrl engine install {launch.kind}")
+        if not 0 < launch.port < 2**16:
+            raise UsageError(f"{launch.port} is no port: name one from 1 to {2**16 - 1}, or none to take a free one")
         with socket.socket() as probe:
             if probe.connect_ex((LOOPBACK, launch.port)) == 0:
                 raise UsageError(f"port {launch.port} is in use; name another, or none to take a free one")
         kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as sink:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            sink = log.open("wb")
+        except OSError as error:
+            raise UsageError(f"{log} cannot be written ({error.strerror}); name another file for the log") from error
+        with sink:
             process = subprocess.Popen(
                 [sys.executable, "-I", str(LEASH), *launch.words()],
                 env=kept | launch.environment(),
@@ -190,7 +197,7 @@ class ServerProcess:
     async def ready(self, seconds: float = START_SECONDS) -> None:
         """Wait until it answers. Raises `InfraError`, with what it said last, where it ends or takes too long."""
         deadline = time.monotonic() + seconds
-        async with httpx.AsyncClient(base_url=self.launch.url, timeout=5) as client:
+        async with httpx.AsyncClient(base_url=self.launch.url, timeout=5, trust_env=False) as client:  # past any proxy
             while time.monotonic() < deadline:
                 if not self.running:
                     raise InfraError(f"{self._name} did not start: {self.ending()}")
@@ -203,7 +210,7 @@ class ServerProcess:
     def ending(self) -> str:
         """How it ended, with its last words where it had any."""
         code = self.code or 0
-        if code > 128:
+        if code - 128 in set(signal.Signals):
             return f"it was killed by {signal.Signals(code - 128).name} (its log: {self.log})"
         return f"it ended with code {code}: {self.last_words()}"
 

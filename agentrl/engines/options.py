@@ -6,12 +6,15 @@ said by one of `launch` and `urls`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, model_validator
 
 from agentrl.engines import InFlight
+from agentrl.errors import UsageError
 
 Sync: TypeAlias = Literal["disk", "tensor", "distributed", "adapter"]
 
@@ -42,6 +45,24 @@ class LaunchOptions(Options):
     flags: tuple[str, ...] = Field(default=(), description="more words for the server's command line")
     restarts: int = Field(default=10, ge=0, description="how often a server that died is started again")
 
+    @model_validator(mode="after")
+    def _no_key_ignored(self) -> LaunchOptions:
+        for device, key in (("cpu", "memory_fraction"), ("cuda", "cores")):
+            if self.device == device and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} does nothing with device: {device}; remove it")
+        return self
+
+
+def server_url(url: str) -> str:
+    """`url`, where it can be a server's. Raises `UsageError`."""
+    try:
+        parts = urlsplit(url)
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0:
+            return url
+    except ValueError:  # its port is none
+        pass
+    raise UsageError(f"{url!r} is no server's address; write it as http://host:port")
+
 
 def _auto(value: object) -> object:
     """`launch: auto` is short for its defaults."""
@@ -54,7 +75,7 @@ class ServerOptions(Options):
 
     launch: Annotated[LaunchOptions, BeforeValidator(_auto)] | None = None
     urls: tuple[str, ...] = Field(default=(), description="servers that run already")
-    api_key: str | None = None
+    api_key: SecretStr | None = Field(default=None, description="of servers in urls; write ${env:NAME}")
     max_context: int | None = Field(default=None, ge=8, description="tokens; default: what the servers allow")
     top_logprobs: int = Field(default=0, ge=0, le=64, description="entropies from so many likeliest tokens; 0: none")
     sync: Sync = "disk"
@@ -63,7 +84,7 @@ class ServerOptions(Options):
         default=None, description="requests that an update meets: their cache is computed anew (retract), or kept"
     )
     sleep: bool = Field(default=False, description="give the accelerator to the trainer during its updates")
-    patience: float = Field(default=60.0, gt=0)
+    patience: float | None = Field(default=None, gt=0, description="default: 60, or half of a turn's deadline")
     tolerance: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="before")
@@ -78,8 +99,12 @@ class ServerOptions(Options):
         if self.urls and self.launch is not None:
             raise ValueError("launch and urls exclude each other: name servers that run, or let the run start its own")
         for url in self.urls:
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"urls: {url!r} is no URL; write it as http://host:port")
+            server_url(url)
+        if self.api_key is not None:
+            if self.launch is not None:
+                raise ValueError("api_key is for servers in urls: those that the run starts ask for none; remove it")
+            if not re.fullmatch(r"[!-~]+", self.api_key.get_secret_value()):
+                raise ValueError("api_key is empty or holds what no HTTP header takes, perhaps the end of a line")
         if len(set(self.urls)) < len(self.urls):
             raise ValueError("urls names a server twice; name each once")
         if self.sync == "adapter" and self.in_flight is not None:

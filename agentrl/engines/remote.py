@@ -68,7 +68,7 @@ class RemoteEngine:
         self._in_flight: InFlight = "in_place" if capabilities.in_flight == "in_place" else "retract"
         self._updating = asyncio.Lock()
         self._owing = False  # the next update sets the engine going: one failed, or it was asleep
-        self._dozed = False
+        self._asleep = self._dozed = False
         self._routes = Routes(self.servers)
         self._rids: dict[str, dict[str, ModelServer]] = {}  # session -> its running requests
         self._calls: dict[ModelServer, set[asyncio.Future[Any]]] = {server: set() for server in self.servers}
@@ -258,7 +258,7 @@ class RemoteEngine:
 
     @property
     def updating(self) -> bool:
-        """Whether servers are taking weights, which may keep them from answering anything else."""
+        """Whether servers are taking weights or sleep, which may keep them from answering anything else."""
         return self._updating.locked()
 
     def has_lost(self, server: ModelServer) -> bool:
@@ -387,17 +387,34 @@ class RemoteEngine:
 
     async def sleep(self) -> None:
         """Running requests wait. With weights, a sleep may lose them: only an update after `wake` sets the engine going
-        again, if it was; with adapters `wake` does."""
-        self._dozed = self._open.is_set()
-        self._open.clear()
-        await self._all(lambda server: server.sleep())
+        again, if it was; with adapters `wake` does. A server that comes back meanwhile stays out until then: it would
+        take the trainer's memory, and SGLang ends where it is woken and was not asleep."""
+        if self._asleep:
+            return
+        await self._updating.acquire()
+        self._asleep, self._dozed = True, self._open.is_set()
+        try:
+            self._open.clear()
+            await self._all(lambda server: server.sleep())
+        except BaseException:
+            self._get_up()
+            raise
 
     async def wake(self) -> None:
-        await self._all(lambda server: server.wake())
+        if not self._asleep:
+            return
+        try:
+            await self._all(lambda server: server.wake())
+        finally:
+            self._get_up()
         if self._dozed and self.capabilities.in_flight == "finish":
             await self.resume()
         elif self._dozed:
             self._owing = True
+
+    def _get_up(self) -> None:
+        self._asleep = False
+        self._updating.release()
 
     async def health(self) -> dict[str, Any]:
         reports = await self._all(lambda server: server.health())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from agentrl.engines import Generation, InFlight, Request
-from agentrl.trajectory import Floats, Ids, VersionRun
+from agentrl.trajectory import Floats, Ids, VersionRun, as_floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +202,14 @@ def runs_of(spans: Sequence[dict[str, Any]], n: int) -> tuple[VersionRun, ...]:
     if [run.start for run in runs] != [0, *(run.stop for run in runs[:-1])][: len(runs)] or (n and runs[-1].stop != n):
         raise ValueError(f"weight versions {spans} do not tile {n} tokens")
     return tuple(runs)
+
+
+def logprobs_of(values: Iterable[Any]) -> Floats:
+    """Log-probs of sampled tokens, at most 0. Raises `ValueError` for one that is no number, as a sick server gives."""
+    found = [min(float(value), 0.0) for value in values]
+    if not all(map(math.isfinite, found)):
+        raise ValueError("log-probs that are not finite")
+    return as_floats(found)
 
 
 def entropy_of(logprobs: Sequence[float]) -> float:

@@ -14,8 +14,8 @@ from typing import Any
 
 from agentrl.chaos import Chaos
 from agentrl.engines import Generation, InFlight, Request
-from agentrl.engines.http import Http, Refused
-from agentrl.engines.servers import Adapters, Bucket, ServerInfo, entropy_of, labelled, runs_of
+from agentrl.engines.http import Http, Refused, unlike
+from agentrl.engines.servers import Adapters, Bucket, ServerInfo, entropy_of, labelled, logprobs_of, runs_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
 
@@ -60,10 +60,11 @@ class SGLangServer:
             longest = min(int(served["max_model_len"]), int(about["max_req_input_len"]) + 1)
             found = ServerInfo("sglang", version, str(about["model_path"]), longest)
         except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
-            raise UsageError(
+            sentence = (
                 f"what answers at {self.url} is no SGLang server, or one without /server_info; this needs "
                 f"{'.'.join(map(str, OLDEST))} or newer"
-            ) from error
+            )
+            raise unlike(error, self.url, sentence) from error
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
         if numbers < OLDEST:
             raise UsageError(
@@ -250,7 +251,7 @@ class SGLangServer:
                 raise InfraError(f"the SGLang server at {self.url} gave a request up: {reason.get('message')}")
             found = about.get("output_token_logprobs") or []
             ids = as_ids([int(entry[1]) for entry in found])
-            logprobs = as_floats([min(float(entry[0]), 0.0) for entry in found])
+            logprobs = logprobs_of(entry[0] for entry in found)
             if reply["output_ids"] != ids.tolist():
                 raise ValueError("ids and log-probs differ")
             entropies = _entropies(about["output_top_logprobs"]) if self._top and ids.size else None

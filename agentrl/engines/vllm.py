@@ -13,8 +13,8 @@ from typing import Any
 
 from agentrl.chaos import Chaos
 from agentrl.engines import Generation, InFlight, Request
-from agentrl.engines.http import Http, Refused
-from agentrl.engines.servers import Adapters, ServerInfo, entropy_of, labelled, runs_of
+from agentrl.engines.http import Http, Refused, unlike
+from agentrl.engines.servers import Adapters, ServerInfo, entropy_of, labelled, logprobs_of, runs_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
 
@@ -57,7 +57,7 @@ class VLLMServer:
             self._model = str(served["id"])
             longest = int(served["max_model_len"])
         except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
-            raise UsageError(f"what answers at {self.url} is no vLLM server") from error
+            raise unlike(error, self.url, f"what answers at {self.url} is no vLLM server") from error
         routes = {
             "/is_paused": "VLLM_SERVER_DEV_MODE=1",
             "/weight_info": "a newer vLLM (0.30 or newer), started with VLLM_SERVER_DEV_MODE=1",
@@ -66,9 +66,8 @@ class VLLMServer:
             try:
                 await self._http.get(path)
             except Refused as refused:
-                raise UsageError(
-                    f"the vLLM server at {self.url} ({version}) has no {path}: it needs {needs}"
-                ) from refused
+                sentence = f"the vLLM server at {self.url} ({version}) has no {path}: it needs {needs}"
+                raise unlike(refused, self.url, sentence) from refused
         block = re.search(r'vllm:cache_config_info\{.*?\bblock_size="(\d+)"', await self._http.text("/metrics"))
         return ServerInfo(
             "vllm",
@@ -197,7 +196,7 @@ class VLLMServer:
             choice = reply["choices"][0]
             ids = as_ids(choice["token_ids"] or [])
             entries = (choice["logprobs"] or {"content": []})["content"]
-            logprobs = as_floats([min(float(entry["logprob"]), 0.0) for entry in entries])
+            logprobs = logprobs_of(entry["logprob"] for entry in entries)
             if logprobs.size != ids.size:
                 raise ValueError("ids and log-probs differ")
             entropies = _entropies(entries) if self._top and ids.size else None

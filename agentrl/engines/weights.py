@@ -546,10 +546,18 @@ class Door:
         self.name = f"agentrl-{secrets.token_hex(6)}"
         self._backend, self._world = backend, world
         self._limit = datetime.timedelta(seconds=seconds)
-        # Sockets of ours are bound to the address that servers know us by.
-        store = TCPStore(host, 0, world, True, self._limit, wait_for_workers=False)
-        self._store: TCPStore | None = store
-        self.port = int(store.port)
+        # Sockets of ours are bound to the address that servers know us by. The store's own would listen everywhere.
+        with socket.create_server((host, 0)) as listening:
+            self.port = int(listening.getsockname()[1])
+            self._store: TCPStore | None = TCPStore(
+                host,
+                self.port,
+                world,
+                True,
+                self._limit,
+                wait_for_workers=False,
+                master_listen_fd=listening.detach(),
+            )
 
     def open(self) -> Group:
         """Blocks until all have joined. Raises `InfraError` where they do not."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, SecretStr, ValidationError
 from ruamel.yaml import YAML
 
 from agentrl.errors import UsageError
@@ -86,6 +86,7 @@ def load(
     found = environment.check(root) if schema is None else []
     try:
         config = model.model_validate(root.plain())
+        found += _bare_secrets(config, root)
     except ValidationError as error:
         found = [*complaints(error, root, model), *found]
     if layers.mistakes or found:
@@ -126,6 +127,17 @@ def origins(node: Node, path: str = "") -> dict[str, str]:
     for name, child in below.items():
         found |= origins(child, name)
     return found
+
+
+def _bare_secrets(value: object, node: Node, path: str = "") -> list[UsageError]:
+    """What is wrong with secrets: one that is written out would be kept in the run folder, and shown."""
+    if isinstance(value, SecretStr) and node.written is None:
+        name = path.rpartition(".")[2].upper()
+        return [UsageError(f"{path} is a secret, so it is never written out: write ${{env:{name}}}", where=node.where)]
+    if not (isinstance(value, BaseModel) and isinstance(node.value, dict)):
+        return []
+    below = ((key, getattr(value, key, None), child) for key, child in node.value.items())
+    return [wrong for key, held, child in below for wrong in _bare_secrets(held, child, f"{path}.{key}".lstrip("."))]
 
 
 def as_text(config: BaseModel) -> str:

@@ -14,7 +14,7 @@ from agentrl.errors import UsageError
 from agentrl.train.options import HFModel, ScratchModel
 from agentrl.train.parts import device_of, make_env, take
 from agentrl.train.pretrained import load_tokenizer
-from agentrl.train.serving import server_python
+from agentrl.train.serving import patience_of, server_device, server_python
 from agentrl.train.stages import RLStage, SupervisedStage
 
 
@@ -38,6 +38,8 @@ def check(config: Config) -> None:
             )
     check_toolkits(config, env)
     check_engine(config)
+    if config.chaos is not None and config.chaos.tools and not tools:
+        raise UsageError(f"{type(env).__name__} has no tools that could fail; remove this", where="chaos.tools")
     demonstrates = type(env).demonstrate is not Env.demonstrate
     needy = [s for s in config.stages if isinstance(s, SupervisedStage)] or isinstance(config.model, ScratchModel)
     if needy and not demonstrates:
@@ -91,6 +93,31 @@ def check_engine(config: Config) -> None:
         raise UsageError("sync: adapter needs a model that is trained through model.lora", where="engine.sync")
     if engine.launch is not None:
         server_python(engine.type, engine.launch)
+        servers, share = engine.launch.servers, engine.launch.memory_fraction
+        if server_device(engine.launch) == "cuda" and servers * share > 1:  # all of them start on the first
+            raise UsageError(
+                f"{servers} servers that take {share:g} of one accelerator each do not fit on it; lower this to at "
+                f"most {int(100 / servers) / 100:g}",
+                where="engine.launch.memory_fraction",
+            )
+        if engine.sleep and server_device(engine.launch) == "cpu":
+            raise UsageError(
+                "servers on a CPU have no accelerator to give back, so sleep does nothing; remove it",
+                where="engine.sleep",
+            )
+    turn = config.rollout.deadlines.turn
+    if patience_of(config, engine) >= turn:
+        raise UsageError(
+            f"a server that hangs is noticed after {patience_of(config, engine):g} s, but its turns end, and are scored, after "
+            f"{turn:g} s; lower this below rollout.deadlines.turn",
+            where="engine.patience",
+        )
+    updated = [stage for stage in config.stages if isinstance(stage, RLStage)]
+    if engine.in_flight is not None and not any(stage.max_staleness for stage in updated):
+        raise UsageError(
+            "no update meets a running request where max_staleness is 0; raise it, or remove this",
+            where="engine.in_flight",
+        )
     for number, stage in enumerate(config.stages):
         if not isinstance(stage, RLStage):
             continue

@@ -36,6 +36,7 @@ from agentrl.train.policy import Policy
 from agentrl.train.probe import Probe
 
 Tell = Callable[[str], None]
+PATIENCE_SECONDS = 60.0
 SHAPE = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
@@ -96,23 +97,29 @@ def probe_of(config: Config, policy: Policy, engine: Engine) -> Probe:
     )
 
 
+def patience_of(config: Config, options: ServerOptions) -> float:
+    """Seconds of silence after which a server counts as hung: before its turns end of it, and are scored."""
+    return options.patience or min(PATIENCE_SECONDS, config.rollout.deadlines.turn / 2)
+
+
 def dtype_of(options: LaunchOptions) -> str:
     """What servers are told to compute in."""
     if options.dtype != "auto":
         return options.dtype
-    return "float32" if _device(options) == "cpu" else "bfloat16"
+    return "float32" if server_device(options) == "cpu" else "bfloat16"
 
 
 def server_python(kind: Literal["sglang", "vllm"], options: LaunchOptions) -> Path:
     """The Python that servers are started with. Raises `UsageError` where none is installed."""
-    found = Path(options.python).expanduser() if options.python else python_of(kind, _device(options))
+    found = Path(options.python).expanduser() if options.python else python_of(kind, server_device(options))
     if found is None or not found.is_file():
-        what = f"there is no {found}" if found else f"{kind} is not installed for {_device(options)}"
+        what = f"there is no {found}" if found else f"{kind} is not installed for {server_device(options)}"
         raise UsageError(f"{what}; run: agentrl engine install {kind}", where="engine.launch.python" if found else None)
     return found.absolute()
 
 
-def _device(options: LaunchOptions) -> Device:
+def server_device(options: LaunchOptions) -> Device:
+    """What servers that the run starts compute on."""
     if options.device != "auto":
         return options.device
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
@@ -158,7 +165,7 @@ async def _served(
     restarts = options.launch.restarts if options.launch is not None else 0
     if chaos is not None:
         _arm(chaos, posts)
-    keeper = Keeper(engine, posts, tell, patience=options.patience, restarts=restarts)
+    keeper = Keeper(engine, posts, tell, patience=patience_of(config, options), restarts=restarts)
 
     async def end() -> None:
         await keeper.close()
@@ -201,13 +208,15 @@ async def _posts(
     """The servers: those that are named, or new ones of this machine."""
     kind: Literal["sglang", "vllm"] = options.type  # type: ignore[attr-defined]
 
+    key = options.api_key.get_secret_value() if options.api_key is not None else None
+
     def client(url: str) -> ModelServer:
         made = SGLangServer if kind == "sglang" else VLLMServer
-        return made(url, top_logprobs=options.top_logprobs, api_key=options.api_key, chaos=chaos)
+        return made(url, top_logprobs=options.top_logprobs, api_key=key, chaos=chaos)
 
     if options.launch is None:
         return [Post(client(url)) for url in options.urls]
-    launch, device = options.launch, _device(options.launch)
+    launch, device = options.launch, server_device(options.launch)
     model = policy.path
     if model is None:
         model = str(place / "model")
@@ -250,7 +259,8 @@ def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, *, slee
         master=False,
     )
     whole = torch.cuda.get_device_properties(device_of(config)).total_memory
-    check_fits(needs, device_bytes=whole, engine_fraction=launch.memory_fraction, sleeps=sleeps)
+    share = launch.memory_fraction * launch.servers  # all of them start on it
+    check_fits(needs, device_bytes=whole, engine_fraction=share, sleeps=sleeps)
 
 
 def _arm(chaos: Chaos, posts: Sequence[Post]) -> None:

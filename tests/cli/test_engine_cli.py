@@ -50,6 +50,8 @@ def test_bench_says_what_is_wrong_with_what_it_was_given(
         (bench(empty, nowhere), "is no Hugging Face model folder"),
         (bench(model, nowhere), "start one: agentrl engine serve sglang MODEL"),
         (bench(model, "127.0.0.1:30000"), "is no server's address"),
+        (bench(model, "http://127.0.0.1:99999"), "is no server's address"),
+        (bench(model, "http://:30000"), "is no server's address"),
         (bench(model, elsewhere), "is no SGLang server"),
         (bench(model, elsewhere, kind="vllm"), "is no vLLM server"),
         (bench(model, nowhere, "--concurrency", "many"), "is no list of whole numbers above 0"),

@@ -15,7 +15,7 @@ import pytest
 
 from agentrl import cli
 from agentrl.engines import install
-from agentrl.engines.launch import SHIMS, Launch, ServerProcess, free_port
+from agentrl.engines.launch import SHIMS, Launch, ServerProcess, free_port, members
 from agentrl.errors import InfraError, UsageError
 
 SERVER = """
@@ -84,6 +84,61 @@ def test_a_server_that_dies_says_its_last_words(tmp_path: Path) -> None:
     asyncio.run(life())
 
 
+STUBBORN = """
+import os, signal, time
+if os.fork() == 0:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    print("child", os.getpid(), flush=True)
+time.sleep(600)
+"""
+
+
+def test_nothing_outlives_the_run_that_started_it(tmp_path: Path) -> None:
+    async def life() -> None:
+        server = ServerProcess.start(
+            Launch("vllm", program(tmp_path, STUBBORN), tmp_path, free_port()), tmp_path / "server.log"
+        )
+        while "child" not in server.log.read_text():  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        child = int(server.log.read_text().split()[1])
+        assert server._process.stdin is not None
+        server._process.stdin.close()  # as the kernel does where the run is killed
+        while lives(child):  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        assert not members(server.pid)
+
+    asyncio.run(asyncio.wait_for(life(), 60))
+
+
+def test_a_server_may_end_with_any_code(tmp_path: Path) -> None:
+    async def life(words: str) -> str:
+        server = ServerProcess.start(
+            Launch("vllm", program(tmp_path, words), tmp_path, free_port()), tmp_path / "server.log"
+        )
+        while server.running:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+        return server.ending()
+
+    assert "ended with code 255: fatal" in asyncio.run(life("print('fatal', flush=True)\nimport os; os._exit(255)"))
+    assert "killed by SIGABRT" in asyncio.run(life("import os; os.abort()"))
+
+
+def test_a_proxy_does_not_stand_before_a_server_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.delenv("no_proxy", raising=False)
+
+    async def life() -> None:
+        launch = Launch("sglang", program(tmp_path, SERVER), tmp_path, free_port())
+        server = ServerProcess.start(launch, tmp_path / "server.log")
+        try:
+            await server.ready(10)
+        finally:
+            await server.stop()
+
+    asyncio.run(life())
+
+
 def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
     sglang = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, cores=(2, 3), flags=("--tp", "2"))
     words, added = " ".join(sglang.words()), sglang.environment()
@@ -132,3 +187,19 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert cli.run(["engine", "serve", "vllm", str(model), "--device", "cpu", "--python", str(tmp_path / "none")]) == 2
     assert "there is no" in capsys.readouterr().err
     assert os.environ["AGENTRL_CACHE"] == str(tmp_path)
+
+
+def test_a_port_a_log_or_cores_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    serve = ["engine", "serve", "sglang", str(model), "--python", sys.executable]
+    for words, sentence in (
+        (["--port", "99999"], "99999 is no port"),
+        (["--port", "0"], "0 is no port"),
+        (["--log", str(tmp_path)], "cannot be written (Is a directory)"),
+        (["--cores", "0"], "--cores is a whole number above 0"),
+    ):
+        assert cli.run([*serve, *words]) == 2, words
+        said = capsys.readouterr().err
+        assert sentence in said and len(said.splitlines()) == 1

@@ -15,6 +15,8 @@ from agentrl.engines import Generation, Request, remote
 from agentrl.engines.http import Refused
 from agentrl.engines.keeper import Keeper, Post
 from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.sglang import SGLangServer
+from agentrl.engines.vllm import VLLMServer
 from agentrl.errors import InfraError, RunFailed, UsageError
 from agentrl.trajectory import Sampling, as_floats, as_ids
 
@@ -280,6 +282,26 @@ def test_once_given_up_nobody_waits_for_what_is_lost_later() -> None:
     run(2, work)
 
 
+def test_a_server_that_comes_back_while_the_others_sleep_waits_until_they_wake() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        await engine.update_weights(WEIGHTS, 1)
+        engine.lose(servers[0], "killed")
+        await engine.sleep()
+        await engine.sleep()
+        back = asyncio.ensure_future(engine.regain(servers[0]))
+        await asyncio.sleep(0.01)
+        assert not back.done() and servers[0].steps[-1] == "resume"
+        await engine.wake()
+        await engine.wake()
+        await engine.update_weights(WEIGHTS, 2)
+        await back
+        assert "wake" not in servers[0].steps and servers[1].steps.count("wake") == 1
+        assert [server.version for server in servers] == [2, 2] and engine.trouble is None
+        assert (await engine.generate(request())).finish == "stop"
+
+    run(2, work)
+
+
 def test_nothing_comes_back_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.05)
 
@@ -297,6 +319,49 @@ def test_ids_that_the_model_lacks_are_never_sent() -> None:
             with pytest.raises(UsageError, match="outside the vocabulary"):
                 await engine.generate(Request(as_ids([1, bad]), Sampling(), "s"))
         assert not servers[0].served
+
+    run(1, work)
+
+
+def test_a_server_that_does_not_come_back_is_not_asked_without_a_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.engines.keeper.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("agentrl.engines.keeper.FIRST_PAUSE", 60)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        (server,) = servers
+        asked = []
+
+        def breaks() -> int:
+            asked.append(1)
+            return 1
+
+        server.breaks_pause = breaks
+        engine.lose(server, "it did not pause")
+        keeper = Keeper(engine, [Post(server)], lambda _: None, patience=5, restarts=0)
+        while not asked:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert len(asked) == 1
+        await keeper.close()
+
+    run(1, work)
+
+
+def test_a_server_that_has_nothing_but_errors_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentrl.engines.keeper.LOOK_SECONDS", 0.01)
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        heard: asyncio.Queue[str] = asyncio.Queue()
+        (server,) = servers
+
+        async def alive(seconds: float) -> None:
+            raise Refused(server.url, "/server_info", 502, "bad gateway")
+
+        server.alive = alive  # type: ignore[method-assign]
+        keeper = Keeper(engine, [Post(server)], heard.put_nowait, patience=0.05, restarts=0)
+        assert "bad gateway" in await heard.get() and engine.has_lost(server)
+        await keeper.close()
 
     run(1, work)
 
@@ -326,3 +391,38 @@ def test_a_keeper_finds_what_died_and_brings_it_back(monkeypatch: pytest.MonkeyP
         assert "is lost: no sign of life" in told[0] and "is back after" in told[1]
 
     run(1, work)
+
+
+@pytest.mark.parametrize("kind", [SGLangServer, VLLMServer])
+@pytest.mark.parametrize(
+    ("status", "kind_of_error", "sentence"),
+    [(401, UsageError, "engine.api_key"), (404, UsageError, "is no .* server"), (502, InfraError, "HTTP 502")],
+)
+def test_a_server_that_says_no_is_understood(
+    kind: type[Any], status: int, kind_of_error: type[Exception], sentence: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(f"HTTP/1.1 {status} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+        await writer.drain()
+        writer.close()
+
+    async def main() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+            server = kind(f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}")
+            with pytest.raises(kind_of_error, match=sentence):
+                await server.info()
+            await server.close()
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_log_probs_that_are_no_numbers_are_no_reply() -> None:
+    sglang, vllm = SGLangServer("http://127.0.0.1:1"), VLLMServer("http://127.0.0.1:1")
+    for value in (float("nan"), float("-inf"), None):
+        about = {"finish_reason": {"type": "stop"}, "output_token_logprobs": [[value, 5, None]]}
+        with pytest.raises(InfraError, match="something else"):
+            sglang._generation({"meta_info": about, "output_ids": [5]})
+        choice = {"token_ids": [5], "logprobs": {"content": [{"logprob": value}]}, "finish_reason": "stop"}
+        with pytest.raises(InfraError, match="something else"):
+            vllm._generation({"choices": [choice]})

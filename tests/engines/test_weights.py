@@ -25,6 +25,7 @@ from agentrl.engines.weights import (
     AdapterSync,
     DiskSync,
     DistributedSync,
+    Door,
     TensorSync,
     address_for,
     buckets,
@@ -241,6 +242,13 @@ def test_servers_see_this_machine_under_an_address_of_theirs() -> None:
 
 
 # -- other processes -------------------------------------------------------------------------------------------------
+
+
+def test_a_group_meets_where_its_servers_see_us_and_nowhere_else() -> None:
+    door = Door("127.0.0.1", "gloo", 2, 5)
+    sockets = [line.split() for table in ("tcp", "tcp6") for line in Path("/proc/net", table).read_text().splitlines()]
+    listening = [local for _, local, _, state, *_ in sockets if state == "0A" and local.endswith(f":{door.port:04X}")]
+    assert listening == [f"0100007F:{door.port:04X}"]
 
 
 @pytest.mark.parametrize("way", [TensorSync, DistributedSync])

@@ -1,0 +1,106 @@
+"""What a configuration may ask of servers: no key that does nothing, no secret that is kept."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentrl.config import Config, parse
+from agentrl.errors import UsageError
+from agentrl.loader import ConfigError, load
+from agentrl.train.plan import check, check_engine
+from agentrl.train.serving import patience_of
+
+ENV = """
+from agentrl import Env, Task
+
+class Silent(Env):
+    def tasks(self, split, seed):
+        yield Task("t", "Say something.")
+
+    def score(self, episode):
+        return 1.0
+"""
+
+
+def config(engine: dict[str, Any], *, staleness: int = 0, turn: float = 300.0, **more: Any) -> Config:
+    launch = engine.get("launch", {})
+    if "urls" not in engine:
+        engine = engine | {"launch": {"python": sys.executable} | launch}
+    return parse(
+        {
+            "env": "maze",
+            "model": "m",
+            "engine": {"type": "sglang"} | engine,
+            "rollout": {"deadlines": {"tool": 1, "turn": turn, "episode": 2000}},
+            "stages": [{"type": "rl", "steps": 1, "max_staleness": staleness, "optimizer": {"lr": 1e-3}}],
+        }
+        | more
+    )
+
+
+@pytest.mark.parametrize(
+    ("engine", "sentence"),
+    [
+        ({"launch": {"device": "cpu"}, "sleep": True}, r"engine\.sleep: servers on a CPU"),
+        ({"in_flight": "in_place"}, r"engine\.in_flight: no update meets"),
+        ({"patience": 300.0}, r"engine\.patience: a server that hangs is noticed after 300 s"),
+        ({"launch": {"device": "cuda", "servers": 2}}, r"memory_fraction: 2 servers .* at most 0\.5$"),
+        ({"launch": {"device": "cpu", "memory_fraction": 0.5}}, "memory_fraction does nothing with device: cpu"),
+        ({"launch": {"device": "cuda", "cores": 2}}, "cores does nothing with device: cuda"),
+        ({"launch": {}, "api_key": "k"}, "api_key is for servers in urls"),
+        ({"urls": ["http://h:1"], "api_key": "k\n"}, "perhaps the end of a line"),
+        ({"urls": ["http://h:99999"]}, "is no server's address"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(engine: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as raised:
+        check_engine(config(engine))
+    assert "k\\n" not in str(raised.value)
+
+
+def test_what_does_something_is_taken() -> None:
+    check_engine(config({"in_flight": "in_place"}, staleness=1))
+    check_engine(config({"launch": {"device": "cuda", "servers": 2, "memory_fraction": 0.4}, "sleep": True}))
+
+
+def test_a_hung_server_is_noticed_before_its_turns_are_scored() -> None:
+    for turn, expected in ((300.0, 60.0), (60.0, 30.0)):
+        made = config({}, turn=turn)
+        check_engine(made)
+        assert patience_of(made, made.engine) == expected  # type: ignore[arg-type]
+
+
+def test_chaos_that_strikes_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "silent.py").write_text(ENV)
+    for chaos, sentence in (({"seconds": 2.0}, "seconds does nothing without slow"), ({"tools": 0.5}, "has no tools")):
+        with pytest.raises(ValueError, match=sentence):
+            check(config({}, env=f"{tmp_path}/silent.py:Silent", chaos=chaos, model={"arch": {"model_type": "qwen3"}}))
+
+
+def test_a_secret_is_named_and_never_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "s3cret")
+    (tmp_path / "silent.py").write_text(ENV)
+    file = tmp_path / "run.yaml"
+    text = f"""
+env: {tmp_path}/silent.py:Silent
+model: m
+engine: {{type: sglang, urls: ["http://h:1"], api_key: KEY}}
+stages: [{{type: rl, steps: 1, optimizer: {{lr: 0.001}}}}]
+"""
+    file.write_text(text.replace("KEY", "'${env:A_KEY}'"))
+    loaded = load([file])
+    assert loaded.config.engine.api_key.get_secret_value() == "s3cret"
+    assert "${env:A_KEY}" in loaded.yaml and "s3cret" not in loaded.yaml + repr(loaded.config)
+    again = tmp_path / "config.resolved.yaml"
+    again.write_text(loaded.yaml)
+    assert load([again]).config == loaded.config
+    file.write_text(text.replace("KEY", "s3cret"))
+    with pytest.raises(ConfigError, match=r"run.yaml:4: engine.api_key is a secret.*\$\{env:API_KEY\}") as raised:
+        load([file])
+    assert "s3cret" not in str(raised.value)
+    with pytest.raises(UsageError, match="engine.api_key is a secret"):
+        load([again], ["engine.api_key=s3cret"])
