@@ -66,7 +66,8 @@ class AdapterSync:
 
     async def close(self) -> None:
         """Servers that go on do so without our adapters."""
-        await settle(taker.unload_adapter(name) for url, taker in self._takers.items() for name in self._loaded[url])
+        takers, self._takers = self._takers, {}
+        await settle(taker.unload_adapter(name) for url, taker in takers.items() for name in self._loaded.pop(url))
 
     async def _sweep(self, taker: TakesAdapters) -> None:
         """Unload what no request uses."""

@@ -385,5 +385,9 @@ def test_an_adapter_stays_as_long_as_a_request_uses_it(tmp_path: Path) -> None:
         assert shelf.loaded == [shelf.present[0]]
         with pytest.raises(UsageError, match=r"engine\.sync=adapter takes a folder that peft wrote"):
             await sync.send([shelf], WEIGHTS, 4)
+        await sync.close()
+        assert not shelf.loaded
+        shelf.unload_adapter = None  # its connections are closed by now: it is asked nothing more
+        await sync.close()
 
     asyncio.run(main())
