@@ -34,6 +34,6 @@ WORKDIR /home/engine
 EXPOSE 30000
 # /health generates a token; /model_info does not.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=300s --retries=3 \
-  CMD ["/opt/agentrl/bin/python", "-c", "import httpx; httpx.get('http://127.0.0.1:30000/model_info', timeout=4).raise_for_status()"]
+  CMD ["/opt/agentrl/bin/python", "-c", "import httpx; httpx.get('http://127.0.0.1:30000/model_info', timeout=4, trust_env=False).raise_for_status()"]
 # Mount the model's folder at /models/policy. More flags for the server may follow as the container's own words.
 ENTRYPOINT ["/bin/sh", "-c", "exec /opt/agentrl/bin/python -m agentrl engine serve sglang /models/policy --port 30000 --device \"$DEVICE\" --log /home/engine/server.log -- --host 0.0.0.0 \"$@\"", "serve"]

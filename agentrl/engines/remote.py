@@ -22,7 +22,8 @@ from agentrl.engines.http import Refused
 from agentrl.engines.options import Sync
 from agentrl.engines.routes import Routes
 from agentrl.engines.servers import ModelServer
-from agentrl.engines.weights import Weights, sync_of
+from agentrl.engines.sync import sync_of
+from agentrl.engines.weights import Weights
 from agentrl.errors import AgentRLError, InfraError, RunFailed, UsageError
 from agentrl.trajectory import Floats, Ids
 
@@ -41,7 +42,7 @@ class RemoteEngine:
 
     Args:
         vocab: ids below this are the model's; no other is ever sent.
-        sync: how weights reach the servers (`agentrl.engines.weights`).
+        sync: how weights reach the servers (`agentrl.engines.sync`).
         sync_folder: where weights and adapters are written for servers to read, a folder that they see too.
     """
 

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from agentrl.algo.sampler import TaskDraw
+from agentrl.errors import RunFailed
 from agentrl.metrics import wilson
 from agentrl.task import Task
 from agentrl.trajectory import Group
 
 Decode = Literal["sampled", "greedy"]
+
+
+def why_missing(groups: Sequence[Group]) -> tuple[str, int]:
+    """Why most episodes without a reward have none, in words, and how many: ("", 0) where all have one."""
+    missing = (m.trajectory for group in groups for m in group.members if m.trajectory.reward is None)
+    details = Counter(trajectory.outcome.detail or str(trajectory.outcome) for trajectory in missing)
+    return next(iter(details.most_common(1)), ("", 0))
+
+
+def check_played(groups: Sequence[Group]) -> None:
+    """Raises `RunFailed` where infrastructure failed every episode: a step that trains on nothing says nothing."""
+    outcomes = [member.trajectory.outcome for group in groups for member in group.members]
+    if outcomes and all(outcome.why == "infra" for outcome in outcomes):
+        why, count = why_missing(groups)
+        raise RunFailed(f"infrastructure failed all {len(outcomes)} episodes of a step; {count} of them: {why}")
 
 
 def draws_for(tasks: Sequence[Task], step: int, samples: int = 1) -> list[TaskDraw]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from agentrl.rollout.endpoint import Endpoint, EndpointActor
 from agentrl.rollout.strategy import FlatRollouts
 from agentrl.store import StoreWriter
 from agentrl.train import checkpoint
-from agentrl.train.evaluation import Decode, draws_for, summarise
+from agentrl.train.evaluation import Decode, draws_for, summarise, why_missing
 from agentrl.train.parts import make_chaos, make_chat, make_env, make_manager, make_policy, policy_actor, take
 from agentrl.train.plan import check_toolkits
 from agentrl.train.policy import Policy
@@ -110,13 +109,7 @@ class Judge:
         if self.chaos is not None:
             self.reporter.note(self.chaos.report())
         if record["missing"]:
-            details = collections.Counter(
-                member.trajectory.outcome.detail or str(member.trajectory.outcome)
-                for group in groups
-                for member in group.members
-                if member.trajectory.reward is None
-            )
-            why, count = details.most_common(1)[0]
+            why, count = why_missing(groups)
             total = record["n"] + record["missing"]
             if not record["n"]:
                 raise RunFailed(f"none of the {total} episodes could be scored; {count} of them: {why}")

@@ -108,8 +108,8 @@ def check_engine(config: Config) -> None:
     turn = config.rollout.deadlines.turn
     if patience_of(config, engine) >= turn:
         raise UsageError(
-            f"a server that hangs is noticed after {patience_of(config, engine):g} s, but its turns end, and are scored, after "
-            f"{turn:g} s; lower this below rollout.deadlines.turn",
+            f"a server that hangs is noticed after {patience_of(config, engine):g} s, but its turns end, and are "
+            f"scored, after {turn:g} s; lower this below rollout.deadlines.turn",
             where="engine.patience",
         )
     updated = [stage for stage in config.stages if isinstance(stage, RLStage)]

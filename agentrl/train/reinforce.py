@@ -27,6 +27,7 @@ from agentrl.rollout.play import Recorded
 from agentrl.rollout.seeds import seed_of
 from agentrl.rollout.stream import GroupStream
 from agentrl.store.shelf import Shelf
+from agentrl.train.evaluation import check_played
 from agentrl.train.optim import Optimizer
 from agentrl.train.parts import policy_actor
 from agentrl.train.session import Session
@@ -112,6 +113,7 @@ class ReinforceRunner:
             first, batch = batch, False
             groups = await (self.supply.take(step) if first else self.supply.refill(step, n))
             await self._shelf.settle()
+            check_played(groups)
             return groups
 
         counters = engine_counters(session.engine)

@@ -7,6 +7,7 @@ runner's business (`supervised`, `reinforce`); what a checkpoint holds is `check
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -91,11 +92,19 @@ class Trainer:
     # -- set-up --------------------------------------------------------------------------------
 
     async def _open(self) -> Session:
+        """The session, whose owner closes it; where it cannot be, what was opened for it is closed."""
+        async with contextlib.AsyncExitStack() as opened:
+            session = await self._opened(opened)
+            opened.pop_all()
+        return session
+
+    async def _opened(self, opened: contextlib.AsyncExitStack) -> Session:
         config, folder = self.config, self.folder
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         env = make_env(config)
         await env.prepare()
+        opened.push_async_callback(env.retire)
         held_out = take(env, config.eval.tasks, seed=config.seed, split=config.eval.split) if config.eval else []
         newest = checkpoint.latest(self._checkpoints)
         if newest is not None:
@@ -115,11 +124,14 @@ class Trainer:
             run_id=folder.info.id,
             config=YAML(typ="safe").load(folder.config_path),  # as written: ${env:NAME} stays a name
         )
+        opened.callback(metrics.close)
         if folder.info.resumed:  # also where no checkpoint was written yet: its lines come again
             metrics.rewind(stage_labels(config.stages), self.progress.stage, self.progress.step)
         writer = StoreWriter(folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n)
-        chaos = make_chaos(config)
+        opened.callback(writer.close)
+        chat, chaos = make_chat(config, policy.tokenizer), make_chaos(config)
         engine = await open_engine(config, policy, folder.path, self.reporter.note, chaos)
+        opened.push_async_callback(engine.close)
         tasks = TaskStream(lambda: tasks_of(env, "train", config.seed))
         tasks.seek(self.progress.tasks_taken)
         return Session(
@@ -128,7 +140,7 @@ class Trainer:
             reporter=self.reporter,
             env=env,
             policy=policy,
-            chat=make_chat(config, policy.tokenizer),
+            chat=chat,
             engine=engine,
             probe=probe_of(config, policy, engine),
             manager=make_manager(config, env, writer, self.reporter, chaos),

@@ -17,24 +17,18 @@ import pytest
 import torch
 
 from agentrl.engines import Capabilities, Generation, InFlight, Request
+from agentrl.engines.adapters import AdapterSync
+from agentrl.engines.broadcast import Door, address_for
+from agentrl.engines.buckets import buckets, handles, views
+from agentrl.engines.disk import DiskSync
+from agentrl.engines.pieces import DistributedSync, TensorSync
 from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.servers import Bucket, ServerInfo
 from agentrl.engines.sglang import SGLangServer
+from agentrl.engines.sync import sync_of
 from agentrl.engines.vllm import VLLMServer
-from agentrl.engines.weights import (
-    AdapterSync,
-    DiskSync,
-    DistributedSync,
-    Door,
-    TensorSync,
-    address_for,
-    buckets,
-    handles,
-    in_thread,
-    named,
-    sync_of,
-    views,
-)
+from agentrl.engines.waiting import in_thread
+from agentrl.engines.weights import named
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import Floats, Ids, as_floats
 
@@ -391,5 +385,9 @@ def test_an_adapter_stays_as_long_as_a_request_uses_it(tmp_path: Path) -> None:
         assert shelf.loaded == [shelf.present[0]]
         with pytest.raises(UsageError, match=r"engine\.sync=adapter takes a folder that peft wrote"):
             await sync.send([shelf], WEIGHTS, 4)
+        await sync.close()
+        assert not shelf.loaded
+        shelf.unload_adapter = None  # its connections are closed by now: it is asked nothing more
+        await sync.close()
 
     asyncio.run(main())

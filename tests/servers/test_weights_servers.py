@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from agentrl.engines.conformance import FAR
-from agentrl.engines.weights import DistributedSync, PieceSync, TensorSync
+from agentrl.engines.pieces import DistributedSync, PieceSync, TensorSync
 from agentrl.errors import InfraError, UsageError
 
 SGLANG = [pytest.param("sglang", marks=pytest.mark.xdist_group("sglang"))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,17 @@ from typing import Any
 import pytest
 
 from agentrl.config import Config, parse
-from agentrl.errors import UsageError
+from agentrl.console import make_reporter
+from agentrl.env import Env
+from agentrl.errors import RunFailed, UsageError
 from agentrl.loader import ConfigError, load
+from agentrl.store import RunFolder
+from agentrl.train.evaluation import check_played, why_missing
+from agentrl.train.parts import make_env
 from agentrl.train.plan import check, check_engine
 from agentrl.train.serving import patience_of
+from agentrl.train.trainer import Trainer
+from agentrl.trajectory import Group, Member, Outcome, Trajectory
 
 ENV = """
 from agentrl import Env, Task
@@ -102,5 +110,37 @@ stages: [{{type: rl, steps: 1, optimizer: {{lr: 0.001}}}}]
     with pytest.raises(ConfigError, match=r"run.yaml:4: engine.api_key is a secret.*\$\{env:API_KEY\}") as raised:
         load([file])
     assert "s3cret" not in str(raised.value)
-    with pytest.raises(UsageError, match="engine.api_key is a secret"):
+    with pytest.raises(UsageError, match=r"engine\.api_key is a secret"):
         load([again], ["engine.api_key=s3cret"])
+
+
+def test_what_was_opened_is_closed_where_a_run_cannot_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[str] = []
+
+    async def close(self: Env) -> None:
+        closed.append(type(self).__name__)
+
+    (tmp_path / "silent.py").write_text(ENV)
+    made = config({"urls": ["http://h:1"]}, env=f"{tmp_path}/silent.py:Silent", out=str(tmp_path), eval=None)
+    monkeypatch.setattr(type(make_env(made)), "close", close)
+    with RunFolder.create(tmp_path / "run", "{}", config_version=1, command=()) as folder:
+        trainer = Trainer(made, folder, make_reporter())
+        with pytest.raises(UsageError, match="m"):  # there is no such model
+            asyncio.run(trainer.run())
+    assert closed == ["Silent"]
+
+
+def test_a_step_that_infrastructure_failed_altogether_ends_the_run() -> None:
+    def group(*outcomes: Outcome) -> Group:
+        played = (
+            Trajectory(f"rl-0/t/{n}", "rl-0/t", "t", (), outcome, 0, env="e", reward=None if outcome.missing else 1.0)
+            for n, outcome in enumerate(outcomes)
+        )
+        return Group("rl-0/t", "t", [Member(trajectory, "policy") for trajectory in played])
+
+    broken, fine = Outcome("failed", "infra", "the server said 400"), Outcome("completed")
+    check_played([group(broken, fine), group(broken)])
+    check_played([])
+    assert why_missing([group(fine)]) == ("", 0)
+    with pytest.raises(RunFailed, match="failed all 3 episodes of a step; 3 of them: the server said 400"):
+        check_played([group(broken, broken), group(broken)])
