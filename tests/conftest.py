@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import hypothesis
 import pytest
 
 from agentrl.trajectory import (
@@ -23,6 +24,8 @@ from agentrl.trajectory import (
 )
 from agentrl.tuning import tune
 
+hypothesis.settings.register_profile("agentrl", deadline=None)  # how long an example takes is no property of it
+hypothesis.settings.load_profile("agentrl")
 tune()  # before torch is loaded: threads that spin make every test with two of them slow on shared cores
 
 MakeTurn = Callable[..., Turn]

@@ -221,8 +221,9 @@ def test_an_interrupted_command_may_say_what_it_has_to_say(near: Any) -> None:
 def test_a_noisy_background_does_not_flood_the_command_that_started_it(near: Any) -> None:
     async def story(box: Any) -> None:
         for _ in range(3):
-            result = await box.shell("yes & echo $! > pid")
+            result = await box.shell("(sleep 0.2; exec yes) & echo $! > pid")
             assert (result.status, result.lost) == ("ok", False)
+            await asyncio.sleep(0.4)  # it is at it now
             assert (await box.exec("1")).value == "1"
             await box.shell("kill $(cat pid)")
 
