@@ -198,11 +198,16 @@ class ToolCall:
     id: str = ""
 
 
+Hint = Literal["text", "table", "board", "diff", "markdown", "json", "image"]
+HINTS: frozenset[str] = frozenset(get_args(Hint))
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What a call came to. `error` is None where `ok`; `images` are sha256 hashes into media/.
 
-    `seconds` is wall-clock time and so the one field that two equal runs do not share.
+    `seconds` is wall-clock time and so the one field that two equal runs do not share. `hint` says as what
+    a viewer may show the text (one of `HINTS`); the policy never sees it.
     """
 
     text: str
@@ -211,6 +216,7 @@ class ToolResult:
     error: ErrorKind | None = None
     seconds: float = 0.0
     cost: float = 0.0
+    hint: Hint | None = None
 
     def __post_init__(self) -> None:
         if self.ok != (self.error is None):

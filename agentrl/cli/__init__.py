@@ -30,6 +30,7 @@ VERBS = {
     "train": ("agentrl.cli.train:train", "Train a policy as a configuration says."),
     "eval": ("agentrl.cli.evaluate:evaluate", "Evaluate a run, a model folder or an endpoint on held-out tasks."),
     "rollout": ("agentrl.cli.rollout:rollout", "Play episodes and record them, without training."),
+    "view": ("agentrl.cli.view:view", "Look at runs and their trajectories in the browser."),
     "env": ("agentrl.cli.env:app", "Scaffold, list, check and play environments."),
     "sandbox": ("agentrl.cli.sandbox:app", "Build, examine and try the sandboxes that programs run in."),
     "engine": ("agentrl.cli.engine:app", "Install and serve model servers; check and measure engines."),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from agentrl.store.reader import StoreReader
+from agentrl.store.reader import Entry, StoreReader
 from agentrl.trajectory import Trajectory
 
 
@@ -83,15 +83,19 @@ def _lines(reader: StoreReader, filters: Mapping[str, Any]) -> Iterator[dict[str
     while True:
         page = reader.trajectories(after=cursor, limit=500, **filters)
         for entry in page.entries:
-            record = as_json(reader.get(entry.id, entry.attempt, tokens=False))
-            credit = [
-                {"step": c.step, "reward": c.reward, "parts": c.parts, "turn_rewards": c.turn_rewards}
-                for c in reader.credits(id=entry.id, attempt=entry.attempt)
-            ]
-            yield {"stage": entry.stage, "step": entry.step, "split": entry.split, **record, "credit": credit}
+            yield _line(reader, entry)
         cursor = page.next
         if cursor is None:
             return
+
+
+def _line(reader: StoreReader, entry: Entry) -> dict[str, Any]:
+    record = as_json(reader.get(entry.id, entry.attempt, tokens=False))
+    credit = [
+        {"step": c.step, "reward": c.reward, "parts": c.parts, "turn_rewards": c.turn_rewards}
+        for c in reader.credits(id=entry.id, attempt=entry.attempt)
+    ]
+    return {"stage": entry.stage, "step": entry.step, "split": entry.split, **record, "credit": credit}
 
 
 def _plain(value: Any) -> Any:
@@ -101,3 +105,12 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)
+
+
+def export_one(reader: StoreReader, entry: Entry, form: str) -> tuple[str, str]:
+    """One trajectory as text (`form`: json, jsonl or html) and the type of that text."""
+    line = _line(reader, entry)
+    if form == "html":
+        raise NotImplementedError
+    text = json.dumps(line, default=_plain, indent=2 if form == "json" else None) + "\n"
+    return text, "application/json" if form == "json" else "application/jsonl"

@@ -19,7 +19,8 @@ from agentrl.errors import RunFailed, UsageError
 from agentrl.trajectory import Trajectory
 
 NAME = "index.sqlite"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # an index of format 1 has no search, and fewer indices
 _NETWORK = re.compile(r"(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|fuse\.(sshfs|glusterfs|s3fs).*)")
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,19 @@ CREATE INDEX by_reward ON trajectories (reward);
 CREATE INDEX by_group ON trajectories (group_id);
 CREATE INDEX by_env ON trajectories (env, reward);
 CREATE INDEX by_task ON trajectories (task_id);
+CREATE INDEX by_stage ON trajectories (stage);
+CREATE INDEX steps_of_stage ON trajectories (stage, step);
+CREATE INDEX by_split ON trajectories (split);
+CREATE INDEX by_source ON trajectories (source);
+CREATE INDEX by_success ON trajectories (success);
+CREATE INDEX by_outcome ON trajectories (outcome, why);
+CREATE INDEX by_errors ON trajectories (n_errors) WHERE n_errors > 0;
+CREATE INDEX by_calls ON trajectories (n_calls);
+CREATE INDEX by_tokens ON trajectories (n_tokens);
+CREATE INDEX by_turns ON trajectories (n_turns);
+CREATE INDEX by_seconds ON trajectories (seconds);
+CREATE INDEX by_cost ON trajectories (tool_cost);
+CREATE VIRTUAL TABLE search USING fts5 (text, content = '', detail = none, columnsize = 0);
 CREATE TABLE credit (
     rowid INTEGER PRIMARY KEY, {", ".join(CREDIT_FACTS)}, {", ".join(PLACE)},
     UNIQUE (stage, step, group_id, member)
@@ -122,8 +136,9 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
         raise index_failed(path, error) from error
     if version == 0:
         raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
-    if version != FORMAT:
+    if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
+    connection.execute("PRAGMA cache_size = -65536")  # KiB
     return connection
 
 
