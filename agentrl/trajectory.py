@@ -428,7 +428,8 @@ def rows_of(
 class Member:
     """A trajectory's membership in a group, with its own reward and credit.
 
-    `reward` is the shaped total (None = missing), `parts` what it was made of, `advantages` and
+    `reward` is the shaped total (None = missing), `parts` what each shaper added to it, `notes` the numbers that
+    shapers had looked at ("shaper/number"), `advantages` and
     `weights` one float32 array per turn, each [n_sampled of that turn]. `arrays` holds what
     annotators append (old, ref, value, …), in the same layout.
     """
@@ -437,6 +438,7 @@ class Member:
     source: Source = "policy"
     reward: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
     turn_rewards: list[float] | None = None
     advantages: list[Floats] | None = None
     weights: list[Floats] | None = None

@@ -71,7 +71,8 @@ def _slots(columns: Sequence[str]) -> str:
     return f"({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
-INSERT_TRAJECTORY = f"INTO trajectories {_slots((*FACTS, *PLACE))}"
+INSERT_TRAJECTORY = f"INSERT INTO trajectories {_slots(('rowid', *FACTS, *PLACE))}"
+INSERT_TEXT = "INSERT INTO search (rowid, text) VALUES (?, ?)"
 INSERT_CREDIT = f"INSERT OR REPLACE INTO credit {_slots((*CREDIT_FACTS, *PLACE))}"
 INSERT_PIECE = "INSERT OR IGNORE INTO pieces VALUES (?, ?)"
 INSERT_EXTENT = "INSERT OR REPLACE INTO segments VALUES (?, ?)"
@@ -189,19 +190,24 @@ def insert(
     credit: Iterable[Sequence[Any]] = (),
     pieces: Iterable[tuple[int, str]] = (),
     extents: Iterable[tuple[str, int]] = (),
-    repeat: str = "ABORT",
-) -> None:
-    """Insert rows (FACTS + PLACE, CREDIT_FACTS + PLACE) within the caller's transaction.
+    texts: Sequence[str] = (),
+) -> int:
+    """Insert rows (FACTS + PLACE, CREDIT_FACTS + PLACE) within the caller's transaction; return the first row id.
 
-    A trajectory that is there already raises `sqlite3.IntegrityError`, or is left as it is with `repeat` "IGNORE".
+    `texts` are what search reads of each trajectory, if anything. A trajectory that is there already raises
+    `sqlite3.IntegrityError`.
     """
     rows = list(trajectories)
+    ((last,),) = connection.execute("SELECT ifnull(MAX(rowid), 0) FROM trajectories").fetchall()
+    first = int(last) + 1
     if rows:
-        connection.executemany(f"INSERT OR {repeat} {INSERT_TRAJECTORY}", rows)
+        connection.executemany(INSERT_TRAJECTORY, [(first + i, *row) for i, row in enumerate(rows)])
         connection.executemany(SUPERSEDE, [row[:2] for row in rows if row[1] > 0])
+        connection.executemany(INSERT_TEXT, [(first + i, text) for i, text in enumerate(texts)])
     connection.executemany(INSERT_CREDIT, credit)
     connection.executemany(INSERT_PIECE, pieces)
     connection.executemany(INSERT_EXTENT, extents)
+    return first
 
 
 def rewind(connection: sqlite3.Connection, stage: str, step: int) -> None:
