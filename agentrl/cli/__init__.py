@@ -35,7 +35,7 @@ VERBS = {
     "sandbox": ("agentrl.cli.sandbox:app", "Build, examine and try the sandboxes that programs run in."),
     "engine": ("agentrl.cli.engine:app", "Install and serve model servers; check and measure engines."),
     "config": ("agentrl.cli.config:app", "Show, compare and describe configurations."),
-    "export": ("agentrl.cli.export:app", "Write a trained policy in another format."),
+    "export": ("agentrl.cli.export:app", "Write trajectories, or a trained policy, in another format."),
     "index": ("agentrl.cli.index:index", "Look after the index of a run's trajectories."),
     "doctor": ("agentrl.cli.doctor:doctor", "Check this machine, a model's tokenizer, a configuration."),
 }

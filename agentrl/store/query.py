@@ -104,7 +104,7 @@ def match_of(text: str) -> str:
     words = words_of(text)
     if not words:
         raise UsageError(f"{text!r} holds no word to search for; give a word or a number")
-    last = "" if text[-1:].isspace() else "*"
+    last = "" if text[-1:].isspace() or len(words[-1]) < 3 else "*"  # short beginnings are too many words
     return " ".join([f'"{word}"' for word in words[:-1]] + [f'"{words[-1]}"{last}'])
 
 

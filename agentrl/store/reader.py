@@ -186,6 +186,10 @@ class StoreReader:
         frames = [self._frame(*row) for row in rows]
         return [credit_in(frame.meta, frame.body) for frame in frames]
 
+    def credited(self) -> list[tuple[str, int]]:
+        """Every (stage, step) that gave credit, in order."""
+        return [(stage, step) for stage, step in self._rows("SELECT DISTINCT stage, step FROM credit ORDER BY 1, 2")]
+
     def inflight(self, step: int | None = None, stage: str | None = None) -> dict[EpisodeKey, list[Turn]]:
         """The turns, from turn 0 on, of episodes whose latest attempt has turns but no stored trajectory."""
         found = {

@@ -55,11 +55,11 @@ class Guard:
     def __init__(self, app: ASGIApp, *, hosts: tuple[str, ...] = LOOPBACK, token: str | None = None) -> None:
         if not hosts and token is None:
             raise ValueError("a server that answers to any name needs a token")
-        self._app, self._hosts, self._token = app, frozenset(host.lower() for host in hosts), token
+        self.app, self._hosts, self._token = app, frozenset(host.lower() for host in hosts), token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         if scope["type"] != "http":  # nobody here speaks anything else
             await send({"type": "websocket.close", "code": 1008})
@@ -77,7 +77,7 @@ class Guard:
             answer = self._check(scope)
         except Refused as refused:
             answer = JSONResponse({"error": str(refused)}, refused.status)
-        await (answer or self._app)(scope, receive, guarded)
+        await (answer or self.app)(scope, receive, guarded)
 
     def _check(self, scope: Scope) -> Response | None:
         headers = Headers(scope=scope)

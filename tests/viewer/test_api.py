@@ -77,7 +77,8 @@ def test_filters(client: TestClient, keys: dict[str, str]) -> None:
 
     everything = entries(stage="rl")
     for name, asked in (
-        ("step", {"step": 1}), ("success", {"success": 1}), ("success", {"success": 0}), ("outcome", {"outcome": "completed"}),
+        ("step", {"step": 1}), ("success", {"success": 1}), ("success", {"success": 0}),
+        ("outcome", {"outcome": "completed"}),
         ("group_id", {"group": everything[0]["group_id"]}), ("task_id", {"task": everything[0]["task_id"]}),
     ):  # fmt: skip
         (value,) = asked.values()
@@ -214,7 +215,7 @@ def test_a_download(client: TestClient, keys: dict[str, str], form: str) -> None
 
 
 def test_a_job_is_followed_to_its_end(client: TestClient, keys: dict[str, str], runs: Path) -> None:
-    viewer = client.app.app._app.state.viewer  # type: ignore[attr-defined]
+    viewer = client.app.app.state.viewer  # type: ignore[attr-defined]
     viewer.replay = lambda run, id, turn, mode, say: [
         "sh", "-c", 'echo one; echo \'{"divergence": null}\'; echo "$0"', f"{mode} {turn} {say} {id}",
     ]  # fmt: skip
