@@ -22,6 +22,7 @@ NAME = "index.sqlite"
 FORMAT = 2
 READABLE = (1, FORMAT)  # an index of format 1 has no search, and fewer indices
 _NETWORK = re.compile(r"(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|fuse\.(sshfs|glusterfs|s3fs).*)")
+_CACHE = "PRAGMA cache_size = -65536"  # KiB: a long list's indices grow beyond SQLite's 2 MiB
 _log = logging.getLogger(__name__)
 
 # What a TRAJECTORY frame's meta holds, in this order; `tokens_*` and `read_*` are the places of its other frames.
@@ -109,6 +110,7 @@ def connect(folder: Path, *, name: str = NAME) -> sqlite3.Connection:
                 path,
                 kind or "a file system without shared memory",
             )
+        connection.execute(_CACHE)
         connection.execute("PRAGMA synchronous = NORMAL")  # the segments are synced; the index can be made again
         version = _version(connection)
         if version == 0:
@@ -139,7 +141,7 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
         raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
     if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
-    connection.execute("PRAGMA cache_size = -65536")  # KiB
+    connection.execute(_CACHE)
     return connection
 
 

@@ -2,11 +2,13 @@
 
 Pages are by key, never by OFFSET. What makes a page fast is the index that drives it: a filter that few
 rows pass is followed and its rows are sorted; otherwise the sort's own index is walked until the page
-is full. Which of the two is decided by counting, up to a bound (`MANY`).
+is full. Following costs a look-up for each of the filter's n rows, walking about limit * N / n of the table's N; which
+is less is found out by counting, up to where the two are equal.
 """
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -16,7 +18,8 @@ from agentrl.errors import UsageError
 
 Sort = Literal["added", "reward", "step", "n_calls", "n_tokens", "n_turns", "seconds", "tool_cost"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
-MANY = 20_000  # rows that are fetched and sorted in tens of milliseconds
+MANY = 2_000  # rows that are fetched and sorted in milliseconds, whatever else could be done
+_FOUND = 20_000  # hits that a search sorts: walking another index would list them all as well
 
 _INDEX_OF_SORT = {
     "added": "", "reward": "by_reward", "step": "by_step", "n_calls": "by_calls", "n_tokens": "by_tokens",
@@ -125,7 +128,9 @@ def select(
     terms = terms_of(filter)
     match = match_of(filter.text) if filter.text else None
     column = "rowid" if sort == "added" else sort
-    source, driver = _plan(terms, match, sort, fetch, indices)
+    ((last,),) = fetch("SELECT ifnull(MAX(rowid), 0) FROM trajectories")
+    many = max(MANY, math.isqrt(limit * int(str(last))))
+    source, driver = _plan(terms, match, sort, fetch, indices, many)
     way, sign = ("DESC", "<") if descending else ("ASC", ">")
     rows: list[tuple[object, ...]] = []
     for missing in (False, True) if sort == "reward" else (False,):
@@ -153,28 +158,30 @@ def select(
     return rows
 
 
-def _plan(terms: list[Term], match: str | None, sort: Sort, fetch: Fetch, indices: Collection[str]) -> tuple[str, str]:
+def _plan(
+    terms: list[Term], match: str | None, sort: Sort, fetch: Fetch, indices: Collection[str], many: int
+) -> tuple[str, str]:
     """(what stands between FROM and the conditions, the table whose rowid orders the list)."""
     table = "trajectories AS t"
     if match is not None:
-        few = sort == "added" or _count(fetch, "search WHERE search MATCH ?", (match,)) <= MANY
+        few = sort == "added" or _count(fetch, "search WHERE search MATCH ?", (match,), _FOUND) <= _FOUND
         if few:
             return f"search CROSS JOIN {table} ON t.rowid = search.rowid WHERE search MATCH ? AND", "search"
         walked = _hint(_INDEX_OF_SORT[sort], indices)
         return f"{table}{walked} WHERE t.rowid IN (SELECT rowid FROM search WHERE search MATCH ?) AND", "t"
     found = {
-        term: _count(fetch, f"trajectories INDEXED BY {term.index} WHERE {term.clause}", term.values)
+        term: _count(fetch, f"trajectories INDEXED BY {term.index} WHERE {term.clause}", term.values, many)
         for term in terms
         if term.index in indices
     }
     best = min(found, key=lambda term: found[term], default=None)
     if sort == "added":  # an index of equal values has its rows in this order already
         tidy = min((term for term in found if term.ordered), key=lambda term: found[term], default=None)
-        best = best if best is None or tidy is None or found[best] < MANY < found[tidy] else tidy
-        if best is not None and (best.ordered or found[best] <= MANY):
+        best = best if best is None or tidy is None or found[best] <= many < found[tidy] else tidy
+        if best is not None and (best.ordered or found[best] <= many):
             return f"{table} INDEXED BY {best.index} WHERE", "t"
         return f"{table} NOT INDEXED WHERE", "t"
-    if best is not None and found[best] <= MANY:
+    if best is not None and found[best] <= many:
         return f"{table} INDEXED BY {best.index} WHERE", "t"
     return f"{table}{_hint(_INDEX_OF_SORT[sort], indices)} WHERE", "t"
 
@@ -183,7 +190,7 @@ def _hint(name: str, indices: Collection[str]) -> str:
     return f" INDEXED BY {name}" if name in indices else ""
 
 
-def _count(fetch: Fetch, what: str, values: tuple[object, ...]) -> int:
-    """How many rows there are, no more than MANY + 1."""
-    ((n,),) = fetch(f"SELECT COUNT(*) FROM (SELECT 1 FROM {what} LIMIT {MANY + 1})", *values)
+def _count(fetch: Fetch, what: str, values: tuple[object, ...], many: int) -> int:
+    """How many rows there are, no more than `many` + 1."""
+    ((n,),) = fetch(f"SELECT COUNT(*) FROM (SELECT 1 FROM {what} LIMIT {many + 1})", *values)
     return int(str(n))

@@ -72,6 +72,9 @@ class View:
     media: str = "application/json"
 
 
+Replay = Callable[[Path, str, int | None, str | None, Path | None], Sequence[str]]
+
+
 @dataclass(slots=True)
 class Viewer:
     """What all routes share."""
@@ -79,7 +82,7 @@ class Viewer:
     runs: Runs
     jobs: Jobs
     stopped: threading.Event = field(default_factory=threading.Event)
-    replay: Callable[[Path, str, int | None, str, str | None], Sequence[str]] = lambda *words: replay_command(*words)
+    replay: Replay = lambda *words: replay_command(*words)
     facets: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
 
     def run(self, key: str) -> Run:
@@ -252,7 +255,12 @@ def get_job(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     job = viewer.jobs.get(asked["job"])
     if job is None:
         raise BadRequest("there is no such job", 404)
-    return job.json()
+    found = job.json()
+    branch = viewer.runs.at(Path(found["out"])) if found.get("out") and found["state"] == "done" else None
+    if branch is not None and branch.reader is not None:
+        newest = branch.reader.trajectories(descending=True, limit=1).entries
+        found["fork"] = {"run": branch.key, "id": newest[0].id if newest else None}
+    return found
 
 
 def get_export(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
@@ -333,13 +341,12 @@ def cursor_in(text: str | None, sort: str) -> Cursor | None:
     return Cursor(number, int(row))
 
 
-def replay_command(run: Path, id: str, from_turn: int | None, mode: str, say: str | None) -> Sequence[str]:
+def replay_command(run: Path, id: str, from_turn: int | None, say: str | None, out: Path | None) -> Sequence[str]:
     """The command that a replay or a fork runs; what a page sends is arguments, never options or a shell's words."""
     command = [sys.executable, "-m", "agentrl", "replay", f"{run}/{id}", "--json"]
-    if mode == "check":
-        command.append("--check")
-    if from_turn is not None:
-        command.append(f"--from-turn={from_turn}")
+    if out is None:
+        return [*command, "--check"]
+    command += [f"--from-turn={from_turn}", f"--out={out}"]
     if say is not None:
         command.append(f"--say={say}")
     return command
@@ -393,8 +400,8 @@ def inner_app(folders: Sequence[Path], *, static: Path = STATIC) -> Starlette:
                 raise BadRequest("send JSON, with content-type: application/json", 415)
             parse(request.query_params, ())
             body = _body(await request.body())
-            command = await asyncio.to_thread(_replay, viewer, body)
-            job = await asyncio.to_thread(viewer.jobs.start, command)
+            command, out = await asyncio.to_thread(_replay, viewer, body)
+            job = await asyncio.to_thread(viewer.jobs.start, command, out=None if out is None else str(out))
         except BadRequest as error:
             return _error(error.status, str(error))
         return JSONResponse({"job": job})
@@ -474,7 +481,7 @@ def _body(data: bytes) -> dict[str, Any]:
     return found
 
 
-def _replay(viewer: Viewer, body: dict[str, Any]) -> Sequence[str]:
+def _replay(viewer: Viewer, body: dict[str, Any]) -> tuple[Sequence[str], Path | None]:
     if body["mode"] not in ("check", "fork"):
         raise BadRequest("mode is check or fork")
     _, entry = viewer.entry({"run": body["run"], "id": body["id"]})
@@ -488,7 +495,9 @@ def _replay(viewer: Viewer, body: dict[str, Any]) -> Sequence[str]:
     say = body.get("say")
     if say is not None:
         say = say.encode("utf-8", "replace").decode()
-    return viewer.replay(viewer.run(body["run"]).folder, entry.id, turn, body["mode"], say)
+    folder = viewer.run(body["run"]).folder
+    out = viewer.runs.fork_of(folder) if body["mode"] == "fork" else None
+    return viewer.replay(folder, entry.id, turn, say, out), out
 
 
 def _credit(reader: StoreReader, entry: Entry, step: int | None) -> Any:

@@ -9,7 +9,7 @@ import secrets
 import signal
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from agentrl.viewer.params import BadRequest
 
 AT_ONCE = 2
 REMEMBERED = 50
+_EVENTS = 200
 _LINES, _LONGEST = 2000, 4000  # of what a job said: lines kept, characters of a line
 
 
@@ -26,21 +27,54 @@ class Job:
 
     process: subprocess.Popen[str]
     said: list[str] = field(default_factory=list)
-    result: dict[str, Any] | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
     thread: threading.Thread | None = None
 
     @property
     def state(self) -> str:
         if self.thread is not None and self.thread.is_alive():
             return "running"
-        return (
-            "done"
-            if (self.process.poll() in (0, 1) and self.result is not None) or self.process.poll() == 0
-            else "failed"
-        )
+        code = self.process.poll()
+        return "done" if code == 0 or (code == 1 and self.events) else "failed"
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The last event; for a replay what it found, with a row for each turn up to where the two part."""
+        if not self.events:
+            return None
+        replayed = next((event for event in self.events if event.get("event") == "replayed"), None)
+        if replayed is None:
+            return self.events[-1]
+        return {**replayed, "turns": table_of(replayed), "summary": self.events[-1]}
 
     def json(self) -> dict[str, Any]:
-        return {"state": self.state, "said": list(self.said), "result": self.result, "code": self.process.poll()}
+        told = {"state": self.state, "said": list(self.said), "result": self.result}
+        return {**told, "code": self.process.poll(), **self.about}
+
+
+def table_of(replayed: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{turn, same, field, recorded, replayed} for each turn that was compared, from `agentrl replay --json`."""
+    difference = replayed.get("difference")
+    turns = replayed.get("turns")
+    count = turns if isinstance(turns, int) else 0
+    if not isinstance(difference, Mapping):
+        return [{"turn": i, "same": True, "field": None, "recorded": None, "replayed": None} for i in range(count)]
+    at = difference.get("turn")
+    until = at if isinstance(at, int) else (0 if difference.get("what") == "environment" else count)
+    rows: list[dict[str, Any]] = [
+        {"turn": i, "same": True, "field": None, "recorded": None, "replayed": None} for i in range(until)
+    ]
+    return [
+        *rows,
+        {
+            "turn": until,
+            "same": False,
+            "field": difference.get("what"),
+            "recorded": difference.get("recorded"),
+            "replayed": difference.get("now"),
+        },
+    ]
 
 
 class Jobs:
@@ -50,8 +84,11 @@ class Jobs:
         self._lock = threading.Lock()
         self._jobs: dict[str, Job] = {}
 
-    def start(self, command: Sequence[str]) -> str:
-        """Run a command; returns the job's name. Raises `BadRequest` where too many run already."""
+    def start(self, command: Sequence[str], **about: Any) -> str:
+        """Run a command and return the job's name; `about` is told with it.
+
+        Raises `BadRequest` where too many run already.
+        """
         with self._lock:
             if sum(job.state == "running" for job in self._jobs.values()) >= AT_ONCE:
                 raise BadRequest(f"{AT_ONCE} jobs run already; wait for one of them", 429)
@@ -66,7 +103,7 @@ class Jobs:
                 start_new_session=True,
                 env={**os.environ, "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"},
             )
-            job = Job(process)
+            job = Job(process, about=dict(about))
             name = secrets.token_hex(8)
             self._jobs[name] = job
             for old in list(self._jobs)[:-REMEMBERED]:
@@ -99,7 +136,7 @@ def _listen(job: Job) -> None:
             with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(text)
                 if isinstance(found, dict):
-                    job.result = found
+                    job.events = [*job.events, found][-_EVENTS:]
             if len(job.said) < _LINES:
                 job.said.append(text[:_LONGEST])
     job.process.wait()

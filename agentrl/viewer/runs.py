@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -248,6 +249,7 @@ class Runs:
         self._folders = tuple(folders)
         self._lock = threading.Lock()
         self._runs: dict[Path, Run] = {}
+        self._forks: set[Path] = set()
 
     def all(self) -> list[Run]:
         """Every run that is there now, or was."""
@@ -262,6 +264,23 @@ class Runs:
         with self._lock:
             known = {run.key: run for run in self._runs.values()}
         return known.get(key) or {run.key: run for run in self.all()}.get(key)
+
+    def at(self, folder: Path) -> Run | None:
+        """The run in that very folder, known from now on; None where there is none."""
+        if not (folder / "run.json").is_file() and not (folder / index.NAME).is_file():
+            return None
+        with self._lock:
+            if folder not in self._folders:
+                self._folders = (*self._folders, folder)
+        return next((run for run in self.all() if run.folder == folder), None)
+
+    def fork_of(self, folder: Path) -> Path:
+        """A new folder beside a run, for a branch of it."""
+        with self._lock:
+            names = (folder.with_name(f"{folder.name}-fork-{n}") for n in count(1))
+            out = next(path for path in names if path not in self._forks and not path.exists())
+            self._forks.add(out)
+            return out
 
     def close(self) -> None:
         for run in self._runs.values():

@@ -216,8 +216,8 @@ def test_a_download(client: TestClient, keys: dict[str, str], form: str) -> None
 
 def test_a_job_is_followed_to_its_end(client: TestClient, keys: dict[str, str], runs: Path) -> None:
     viewer = client.app.app.state.viewer  # type: ignore[attr-defined]
-    viewer.replay = lambda run, id, turn, mode, say: [
-        "sh", "-c", 'echo one; echo \'{"divergence": null}\'; echo "$0"', f"{mode} {turn} {say} {id}",
+    viewer.replay = lambda run, id, turn, say, out: [
+        "sh", "-c", 'echo one; echo \'{"divergence": null}\'; echo "$0"', f"{out.name} {turn} {say} {id}",
     ]  # fmt: skip
     entry = first(client, keys["grpo"], stage="rl")
     body = {"run": keys["grpo"], "id": entry["id"], "mode": "fork", "from_turn": 1, "say": "42; rm -rf / $(x)"}
@@ -226,7 +226,7 @@ def test_a_job_is_followed_to_its_end(client: TestClient, keys: dict[str, str], 
     while (found := ok(client, "/api/job", job=job))["state"] == "running" and time.monotonic() < deadline:
         time.sleep(0.05)
     assert found["state"] == "done" and found["result"] == {"divergence": None}
-    assert found["said"] == ["one", '{"divergence": null}', f"fork 1 42; rm -rf / $(x) {entry['id']}"]
+    assert found["said"] == ["one", '{"divergence": null}', f"grpo-fork-1 1 42; rm -rf / $(x) {entry['id']}"]
     assert client.post("/api/replay", json={**body, "mode": "check", "say": None}).status_code == 200
     for wrong in ({**body, "from_turn": 99}, {**body, "mode": "x"}, {**body, "more": 1}, [1], {**body, "id": "../x"}):
         assert client.post("/api/replay", json=wrong).status_code in (400, 404)
