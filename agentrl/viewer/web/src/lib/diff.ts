@@ -76,5 +76,31 @@ export function words(text: string): string[] {
 export function texts(a: string, b: string): Edit<string>[] {
   const long = a.length + b.length > 20_000
   const split = (text: string) => (long ? text.split(/(?<=\n)/) : words(text))
-  return diff(split(a), split(b))
+  return long ? diff(split(a), split(b)) : bridged(diff(split(a), split(b)))
+}
+
+/** Blanks between two changes belong to them: five changed words are one change, not five. */
+function bridged(edits: Edit<string>[]): Edit<string>[] {
+  const out: Edit<string>[] = []
+  let del: string[] = []
+  let add: string[] = []
+  const flush = () => {
+    push(out, 'del', del)
+    push(out, 'add', add)
+    del = []
+    add = []
+  }
+  edits.forEach((edit, i) => {
+    if (edit.op === 'del') del.push(...edit.items)
+    else if (edit.op === 'add') add.push(...edit.items)
+    else if (del.length + add.length && i < edits.length - 1 && /^[^\S\n]+$/.test(edit.items.join(''))) {
+      del.push(...edit.items)
+      add.push(...edit.items)
+    } else {
+      flush()
+      push(out, 'same', edit.items)
+    }
+  })
+  flush()
+  return out
 }

@@ -47,7 +47,7 @@ export function board(hint: Hint, text: string): string[][] | null {
   if (hint.cells) return hint.cells.map((row) => row.map(cell))
   const lines = text.replace(/\s+$/, '').split('\n')
   if (!lines[0] || lines.length > 40 || lines.some((line) => line.length > 120)) return null
-  const spaced = lines.every((line) => /^\S{1,3}( \S{1,3})*$/.test(line.trim()))
+  const spaced = lines.every((line) => /^\S{1,3}( \S{1,3})+$/.test(line.trim()))
   return lines.map((line) => (spaced ? line.trim().split(/\s+/) : [...line]))
 }
 

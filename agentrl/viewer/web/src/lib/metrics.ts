@@ -126,3 +126,27 @@ export function joined(all: Series[]): [number[], ...(number | null)[][]] {
 export function stages(lines: Line[]): string[] {
   return [...new Set(lines.map((line) => line.stage.replace(/-eval$/, '')))]
 }
+
+/** Round numbers from `low` to `high`, about `count` of them. A range too small for its own numbers gets one. */
+export function ticks(low: number, high: number, count: number, whole = false): number[] {
+  const span = high - low
+  if (!(span > Math.max(Math.abs(low), Math.abs(high)) * 1e-9)) return [low]
+  const raw = span / Math.max(1, count)
+  const power = 10 ** Math.floor(Math.log10(raw))
+  let step = power * ([1, 2, 2.5, 5, 10].find((m) => m * power >= raw * 0.999) ?? 10)
+  if (whole) step = Math.max(1, Math.round(step))
+  const out: number[] = []
+  const first = Math.ceil(low / step - 1e-6)
+  const last = Math.min(first + 20, Math.floor(high / step + 1e-6))
+  for (let k = first; k <= last; k++) out.push(Number((k * step).toPrecision(12)))
+  return out.length ? out : [low]
+}
+
+/** Labels without the path parts that all of them share: `eval/greedy/success`, `eval/sampled/success` → greedy, sampled. */
+export function briefly(labels: string[]): string[] {
+  const split = labels.map((label) => label.split('/'))
+  if (labels.length < 2) return labels
+  while (split.every((p) => p.length > 1 && p[0] === split[0][0])) split.forEach((p) => p.shift())
+  while (split.every((p) => p.length > 1 && p.at(-1) === split[0].at(-1))) split.forEach((p) => p.pop())
+  return split.map((p) => p.join(' ').replaceAll('_', ' '))
+}

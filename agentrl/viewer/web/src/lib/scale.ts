@@ -37,9 +37,9 @@ export const METRICS: readonly Metric[] = [
   { name: 'ratio', label: 'ratio', key: '3', kind: 'div', help: 'trainer against engine or old policy: π/π_old', q: (v) => step(RATIO, Math.log(v)), ends: ['< 0.67', '> 1.5'] },
   { name: 'advantage', label: 'advantage', key: '4', kind: 'div', help: 'the credit that the token trains with', q: (v) => step(ADVANTAGE, v), ends: ['< −1.5', '> 1.5'] },
   { name: 'weight', label: 'weight', key: '5', kind: 'seq', help: 'what the loss multiplies the token by', q: (v) => step(SHARE, v), ends: ['0', '> 2.5'] },
-  { name: 'version', label: 'weight version', key: '6', kind: 'cat', help: 'which weights sampled the token', q: (v) => ((v % 8) + 8) % 8, ends: ['', ''] },
+  { name: 'version', label: 'weight version', key: '6', kind: 'cat', help: 'which weights sampled the token', q: (v) => (v < 0 ? -1 : v % 8), ends: ['', ''] },
   { name: 'mask', label: 'mask', key: '7', kind: 'cat', help: 'trained by the loss, or not', q: (v) => (v > 0 ? 0 : 8), ends: ['', ''] },
-  { name: 'age', label: 'age', key: '8', kind: 'seq', help: 'how many updates behind the trainer the token was', q: (v) => step(AGE, v), ends: ['0', '> 16'] },
+  { name: 'age', label: 'age', key: '8', kind: 'seq', help: 'how many updates behind the trainer the token was', q: (v) => (v < 0 ? -1 : step(AGE, v)), ends: ['0', '> 16'] },
 ]
 
 export const PLAIN: Metric = { name: 'none', label: 'plain', key: '0', kind: 'seq', help: 'no colour', q: () => -1, ends: ['', ''] }

@@ -7,7 +7,6 @@ export interface Part {
 
 // ESC and NUL, C0 and C1 controls but tab and newline, direction controls, zero-width characters, tags, unpaired surrogates.
 const HIDDEN =
-  // eslint-disable-next-line no-control-regex
   /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]|\udb40[\udc00-\udc7f]/g
 
 const NAMES: Record<number, string> = {

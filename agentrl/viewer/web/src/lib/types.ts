@@ -73,8 +73,8 @@ export interface Turn {
   text: string
   final_text: string
   thinking: string | null
-  context_tokens: number
-  new_context: { role: string; text: string }[]
+  context_tokens: Num
+  new_context: { role: string; origin?: string; text: string }[] | null
   sampling: Record<string, any>
   finish: string
   versions: { version: number; start: number; stop: number }[]
@@ -98,6 +98,7 @@ export interface CreditLine {
   parts: Record<string, Num>
   turn_rewards: number[] | null
   source: string
+  advantage?: Num
 }
 export interface Trajectory {
   entry: Entry
@@ -125,6 +126,7 @@ export interface Member {
   advantage: Num
   success: boolean | null
   outcome: string
+  why: string | null
   n_turns: number
   n_calls: number
   n_tokens: number
@@ -140,7 +142,7 @@ export interface Group {
   zero_variance: boolean
   members: Member[]
   shared: { tokens: number; turns: number }
-  first_divergence: Record<string, { turn: number; token: number } | null>
+  first_divergence: Record<string, { turn: number; token: number; at?: number } | null>
 }
 export interface TreeNode {
   id: string
@@ -155,6 +157,7 @@ export interface DiffTurn { index: number; same: boolean; a: Turn | null; b: Tur
 export interface Explained {
   token: Record<string, any>
   chain: { name: string; component: string | null; value: Num; of: string; numbers: Record<string, Num> }[]
+  adds_up?: boolean
 }
 export interface Flight {
   id: string

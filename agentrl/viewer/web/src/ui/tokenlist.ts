@@ -240,15 +240,16 @@ export class TokenList {
       for (let i = chunk.start; i < chunk.stop; i++) {
         const q = this.q[i]
         if (q === 255) continue
-        const y = Math.min(height - 1, Math.floor((top + (i - chunk.start) * each) * scale))
-        if (loud[y] < 0 || Math.abs(q - middle) > Math.abs(loud[y] - middle)) loud[y] = q
+        const from = Math.min(height - 1, Math.floor((top + (i - chunk.start) * each) * scale))
+        const to = Math.min(height, Math.max(from + 1, Math.floor((top + (i - chunk.start + 1) * each) * scale)))
+        for (let y = from; y < to; y++) if (loud[y] < 0 || Math.abs(q - middle) > Math.abs(loud[y] - middle)) loud[y] = q
       }
       top += tall
     })
     for (let y = 0; y < height; y++) {
       if (loud[y] >= 0 && colours[loud[y]]) {
         context.fillStyle = colours[loud[y]]
-        context.fillRect(6 * ratio, y, width - 6 * ratio, Math.max(1, ratio))
+        context.fillRect(6 * ratio, y, width - 6 * ratio, 1)
       }
     }
   }
