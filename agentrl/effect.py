@@ -15,7 +15,7 @@ from typing import Any
 
 from agentrl.content import Content, Image, Part
 from agentrl.env import Obs
-from agentrl.trajectory import ErrorKind
+from agentrl.trajectory import HINTS, ErrorKind, Hint
 
 MAX_IMAGES = 16  # pictures in one observation
 
@@ -29,6 +29,7 @@ class Effect:
     reward: float | None = None
     done: bool = False
     ran: bool = True
+    hint: Hint | None = None
 
 
 def effect_of(value: Any, name: str, longest: int) -> Effect:
@@ -39,9 +40,11 @@ def effect_of(value: Any, name: str, longest: int) -> Effect:
         return Effect(f"Error: {name} returned {kind}, not text, an Image or an Obs", "type")
     if obs.reward is not None and not _is_number(obs.reward):
         return Effect(f"Error: {name} returned an Obs whose reward is not a finite number", "type")
+    if obs.hint is not None and obs.hint not in HINTS:
+        return Effect(f"Error: {name} returned an Obs whose hint is not one of {', '.join(sorted(HINTS))}", "type")
     content, dropped = cut(obs.content, longest)
     reward = None if obs.reward is None else float(obs.reward)
-    return Effect(content, "oversize" if dropped else None, reward, bool(obs.done))
+    return Effect(content, "oversize" if dropped else None, reward, bool(obs.done), hint=obs.hint)
 
 
 def cut(content: Content, longest: int) -> tuple[Any, int]:

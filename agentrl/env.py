@@ -26,7 +26,7 @@ from agentrl.content import Content
 from agentrl.errors import AgentRLError, UsageError
 from agentrl.task import Task
 from agentrl.tool import Tool, Toolkit, branch, gathered, rewire, tools_of
-from agentrl.trajectory import Outcome, ToolCall, ToolUse, Trajectory, Turn
+from agentrl.trajectory import Hint, Outcome, ToolCall, ToolUse, Trajectory, Turn
 
 if TYPE_CHECKING:
     import gymnasium
@@ -36,11 +36,16 @@ Split = str  # "train", "test", or a name of the environment's own
 
 @dataclass(frozen=True, slots=True)
 class Obs:
-    """What the policy sees next, with an optional turn reward; `done` ends the episode (terminated)."""
+    """What the policy sees next, with an optional turn reward; `done` ends the episode (terminated).
+
+    `hint`: as what the viewer may show a tool's text ("table", "board", "diff", "markdown", "json"). The text stays
+    text there, never HTML, and the policy does not see the hint.
+    """
 
     content: Content
     reward: float | None = None
     done: bool = False
+    hint: Hint | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -248,7 +248,7 @@ class Host:
                 tokens = self.count_tokens(text) if self.count_tokens else -(-len(text) // 4)
                 cost += options.cost_per_token * tokens
         images = tuple(image.sha256 for image in images_of(effect.content))
-        result = ToolResult(text, images, effect.error is None, effect.error, seconds, cost)
+        result = ToolResult(text, images, effect.error is None, effect.error, seconds, cost, effect.hint)
         return Answer(result, effect.content, effect.reward, effect.done)
 
     # -- the instance ------------------------------------------------------------------------------

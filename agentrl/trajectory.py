@@ -198,11 +198,16 @@ class ToolCall:
     id: str = ""
 
 
+Hint = Literal["text", "table", "board", "diff", "markdown", "json", "image"]
+HINTS: frozenset[str] = frozenset(get_args(Hint))
+
+
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     """What a call came to. `error` is None where `ok`; `images` are sha256 hashes into media/.
 
-    `seconds` is wall-clock time and so the one field that two equal runs do not share.
+    `seconds` is wall-clock time and so the one field that two equal runs do not share. `hint` says as what
+    a viewer may show the text (one of `HINTS`); the policy never sees it.
     """
 
     text: str
@@ -211,6 +216,7 @@ class ToolResult:
     error: ErrorKind | None = None
     seconds: float = 0.0
     cost: float = 0.0
+    hint: Hint | None = None
 
     def __post_init__(self) -> None:
         if self.ok != (self.error is None):
@@ -422,7 +428,8 @@ def rows_of(
 class Member:
     """A trajectory's membership in a group, with its own reward and credit.
 
-    `reward` is the shaped total (None = missing), `parts` what it was made of, `advantages` and
+    `reward` is the shaped total (None = missing), `parts` what each shaper added to it, `notes` the numbers that
+    shapers had looked at ("shaper/number"), `advantages` and
     `weights` one float32 array per turn, each [n_sampled of that turn]. `arrays` holds what
     annotators append (old, ref, value, …), in the same layout.
     """
@@ -431,6 +438,7 @@ class Member:
     source: Source = "policy"
     reward: float | None = None
     parts: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, float] = field(default_factory=dict)
     turn_rewards: list[float] | None = None
     advantages: list[Floats] | None = None
     weights: list[Floats] | None = None

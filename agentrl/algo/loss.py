@@ -24,6 +24,8 @@ from agentrl.trajectory import Floats, Member
 if TYPE_CHECKING:
     from torch import Tensor
 
+LOSS_WEIGHTS = "loss_weight"
+"""The name in `member.arrays` of what the aggregator weighed each token with: per turn [n_sampled]."""
 _LOG_RATIO_BOUND = 20.0  # exp() of more overflows float32 long before it means anything
 
 

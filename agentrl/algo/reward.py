@@ -25,9 +25,10 @@ class RewardShaper(Component):
         raise NotImplementedError
 
 
-def set_reward(member: Member, name: str, reward: float) -> None:
-    """Give `member` its new total and record the change under `name`."""
-    member.parts[name] = reward - (member.reward or 0.0)
+def set_reward(member: Member, name: str, reward: float, **numbers: float) -> None:
+    """Give `member` its new total and record the change under `name`, with the `numbers` that it came from."""
+    member.parts[name] = member.parts.get(name, 0.0) + reward - (member.reward or 0.0)
+    member.notes.update({f"{name}/{number}": float(value) for number, value in numbers.items()})
     member.reward = reward
 
 
@@ -48,9 +49,13 @@ class ToolCost(RewardShaper):
         scored = group.scored
         if self.mode == "subtract":
             for member in scored:
-                set_reward(member, "tool_cost", (member.reward or 0.0) - self.weight * member.trajectory.tool_cost)
+                cost = member.trajectory.tool_cost
+                reward = (member.reward or 0.0) - self.weight * cost
+                set_reward(member, "tool_cost", reward, cost=cost, weight=self.weight)
             return
         fewest = min((m.trajectory.n_tool_calls for m in scored if m.trajectory.success), default=0)
         for member in scored:
             extra = max(0, member.trajectory.n_tool_calls - fewest)
-            set_reward(member, "tool_cost", (member.reward or 0.0) * self.factor**extra)
+            factor = self.factor**extra
+            reward = (member.reward or 0.0) * factor
+            set_reward(member, "tool_cost", reward, calls=extra + fewest, fewest=fewest, factor=factor)

@@ -31,11 +31,12 @@ VERBS = {
     "eval": ("agentrl.cli.evaluate:evaluate", "Evaluate a run, a model folder or an endpoint on held-out tasks."),
     "rollout": ("agentrl.cli.rollout:rollout", "Play episodes and record them, without training."),
     "replay": ("agentrl.cli.replay:replay", "Act recorded episodes out again: check, score anew, go on from a turn."),
+    "view": ("agentrl.cli.view:view", "Look at runs and their trajectories in the browser."),
     "env": ("agentrl.cli.env:app", "Scaffold, list, check and play environments."),
     "sandbox": ("agentrl.cli.sandbox:app", "Build, examine and try the sandboxes that programs run in."),
     "engine": ("agentrl.cli.engine:app", "Install and serve model servers; check and measure engines."),
     "config": ("agentrl.cli.config:app", "Show, compare and describe configurations."),
-    "export": ("agentrl.cli.export:app", "Write a trained policy in another format."),
+    "export": ("agentrl.cli.export:app", "Write trajectories, or a trained policy, in another format."),
     "index": ("agentrl.cli.index:index", "Look after the index of a run's trajectories."),
     "doctor": ("agentrl.cli.doctor:doctor", "Check this machine, a model's tokenizer, a configuration."),
 }

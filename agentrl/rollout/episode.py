@@ -233,6 +233,7 @@ class LiveEpisode:
         elif total is not None:
             total += sum(turn.reward or 0.0 for turn in self.turns)
         self.outcome = outcome
+        weights = dict(self._host.template.reward_weights)
         return Trajectory(
             id=self.id,
             group_id=self.group,
@@ -247,7 +248,7 @@ class LiveEpisode:
             score=parts,
             reward=total,
             success=success,
-            extra=dict(self.extra),
+            extra=dict(self.extra) | ({"reward_weights": weights} if weights else {}),
         )
 
     async def _judged(self, episode: Episode) -> Scored:

@@ -10,20 +10,24 @@ from agentrl.store.credit import Credit
 from agentrl.store.export import as_json, export_jsonl
 from agentrl.store.frames import DamagedFrame
 from agentrl.store.key import EpisodeKey
+from agentrl.store.query import SORTS, Filter, Sort
 from agentrl.store.reader import Cursor, Entry, Page, StoreReader
 from agentrl.store.rebuild import rebuild
 from agentrl.store.run import RunFolder, RunInfo
 from agentrl.store.writer import StoreWriter
 
 __all__ = [
+    "SORTS",
     "Credit",
     "Cursor",
     "DamagedFrame",
     "Entry",
     "EpisodeKey",
+    "Filter",
     "Page",
     "RunFolder",
     "RunInfo",
+    "Sort",
     "StoreReader",
     "StoreWriter",
     "TokensNotKept",

@@ -75,6 +75,7 @@ def _credit(credit: Credit) -> bytes:
         c.parts,
         c.turn_rewards,
         c.draw,
+        *([c.notes] if c.notes else ()),
     )
     arrays = [(name, _raw(values)) for name, values in sorted(c.arrays.items())]
     return Encoder().pack((facts, _raw(c.advantages), _raw(c.weights), arrays))

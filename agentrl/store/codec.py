@@ -156,6 +156,7 @@ def turn_out(turn: Turn, before: Context, table: SpanTable) -> tuple[tuple[Any, 
     s = turn.sampling
     uses = [
         (u.call.name, u.call.arguments, u.call.id, u.result.images, u.result.error, u.result.seconds, u.result.cost)
+        + (() if u.result.hint is None else (u.result.hint,))
         for u in turn.tools
     ]
     what = (
@@ -188,8 +189,11 @@ def turn_in(what: Sequence[Any], read: Sequence[str], before: Context, spans: Se
         context = (*before[:keep], *pieces)
         out = tuple(_here(spans, number) for number in output)
     tools = tuple(
-        ToolUse(ToolCall(name, arguments, call), ToolResult(result, tuple(images), failed is None, failed, took, price))
-        for (name, arguments, call, images, failed, took, price), result in zip(uses, read[1:], strict=True)
+        ToolUse(
+            ToolCall(name, arguments, call),
+            ToolResult(result, tuple(images), failed is None, failed, took, price, *hint),
+        )
+        for (name, arguments, call, images, failed, took, price, *hint), result in zip(uses, read[1:], strict=True)
     )
     sampling = Sampling(s[0], s[1], s[2], s[3], tuple(s[4]), s[5])
     return Turn(

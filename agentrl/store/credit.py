@@ -31,6 +31,7 @@ class Credit:
     weights: list[Floats] | None
     arrays: Mapping[str, list[Floats]] = field(default_factory=dict)
     draw: Mapping[str, Any] = field(default_factory=dict)
+    notes: Mapping[str, float] = field(default_factory=dict)
 
 
 def credit_out(group: Group, number: int, member: Member, *, step: int, stage: str) -> tuple[tuple[Any, ...], bytes]:
@@ -46,13 +47,14 @@ def credit_out(group: Group, number: int, member: Member, *, step: int, stage: s
     meta = (
         stage, step, group.id, number, t.id, t.attempt, member.source, member.reward,
         group.task_id, member.parts, member.turn_rewards, layout, group.draw,
+        *([member.notes] if member.notes else ()),
     )  # fmt: skip
     return meta, b"".join(body)
 
 
 def credit_in(meta: Sequence[Any], body: bytes) -> Credit:
     """Undo `credit_out`."""
-    stage, step, group, number, id_, attempt, source, reward, task, parts, turn_rewards, layout, draw = meta
+    stage, step, group, number, id_, attempt, source, reward, task, parts, turn_rewards, layout, draw, *notes = meta
     found: dict[str, list[Floats]] = {}
     at = 0
     for name, sizes in layout:
@@ -63,5 +65,5 @@ def credit_in(meta: Sequence[Any], body: bytes) -> Credit:
     arrays = {name[2:]: values for name, values in found.items() if name.startswith("a/")}
     return Credit(
         stage, step, group, number, id_, attempt, source, reward, task, parts, turn_rewards,
-        found.get(""), found.get("w"), arrays, draw,
+        found.get(""), found.get("w"), arrays, draw, *notes,
     )  # fmt: skip

@@ -1,15 +1,25 @@
-"""Exports: trajectories for people and other programs, one JSON object a line."""
+"""Exports: trajectories for people and other programs: JSON lines, Parquet, one HTML file, training batches."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from agentrl.store.reader import StoreReader
-from agentrl.trajectory import Trajectory
+from agentrl.content import Image
+from agentrl.errors import UsageError
+from agentrl.store import html
+from agentrl.store.codec import TokensNotKept
+from agentrl.store.query import Filter
+from agentrl.store.reader import Entry, StoreReader
+from agentrl.trajectory import Trajectory, ids_of
+
+Form = Literal["jsonl", "parquet", "html", "trl", "verl"]
+_NESTED = frozenset({"turns", "score", "credit", "extra"})
 
 
 def as_json(trajectory: Trajectory) -> dict[str, Any]:
@@ -78,20 +88,124 @@ def export_jsonl(run_dir: Path | str, path: Path | str, **filters: Any) -> int:
     return count
 
 
+def export_trajectories(run_dir: Path, out: Path, form: Form, asked: Filter, limit: int | None = None) -> int:
+    """Write the trajectories that pass `asked`, oldest first and at most `limit`; return how many were written.
+
+    "trl" and "verl" write a file for each credited step of `asked`, and return how many files. A file appears whole
+    or not at all. Raises `UsageError` where `out` is there, or where a package is missing.
+    """
+    if out.exists() and not (out.is_dir() and form in ("trl", "verl") and not any(out.iterdir())):
+        raise UsageError(f"{out} is there already; name a new file")
+    with StoreReader(run_dir) as reader:
+        if form in ("trl", "verl"):
+            from agentrl.store.batches import export_batches
+
+            return export_batches(reader, out, form, stage=asked.stage, step=asked.step)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(out.name + ".part")
+        count = [0]
+
+        def lines() -> Iterator[dict[str, Any]]:
+            for entry in islice(_entries(reader, asked), limit):
+                count[0] += 1
+                yield _line(reader, entry)
+
+        if form == "parquet":
+            _parquet(lines(), part)
+        else:
+            with part.open("w", encoding="utf-8", errors="replace") as file:
+                if form == "html":
+                    file.writelines(html.page(lines(), partial(_image, reader), f"trajectories of {run_dir.name}"))
+                else:
+                    file.writelines(json.dumps(line, default=_plain) + "\n" for line in lines())
+                file.flush()
+                os.fsync(file.fileno())
+        part.replace(out)
+    return count[0]
+
+
+def _entries(reader: StoreReader, asked: Filter) -> Iterator[Entry]:
+    cursor = None
+    while True:
+        page = reader.query(asked, after=cursor, limit=500)
+        yield from page.entries
+        cursor = page.next
+        if cursor is None:
+            return
+
+
+def _parquet(lines: Iterator[dict[str, Any]], path: Path) -> None:
+    """One row a trajectory; lists and mappings whose shape differs from row to row are JSON text."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UsageError(
+            "Parquet needs pyarrow, which is not installed; run: pip install 'agentrl-framework[parquet]'"
+        ) from error
+    texts = ("stage", "split", "id", "group", "task", "env", "source", "parent", "outcome", "detail")
+    schema = pa.schema(
+        [(name, pa.string()) for name in texts]
+        + [("step", pa.int64()), ("attempt", pa.int64()), ("reward", pa.float64()), ("success", pa.bool_())]
+        + [("prompt", pa.string()), ("turns", pa.string()), ("score", pa.string()), ("credit", pa.string())]
+        + [("extra", pa.string())]
+    )
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while batch := list(islice(lines, 500)):
+            rows = [
+                {
+                    name: json.dumps(line[name], default=_plain) if name in _NESTED else _sound(line[name])
+                    for name in schema.names
+                }
+                for line in batch
+            ]
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+
+
+def _sound(value: Any) -> Any:
+    """Text without lone surrogates, which Parquet does not hold."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _image(reader: StoreReader, sha: str) -> Image | None:
+    try:
+        path = reader.image(sha)
+    except KeyError:
+        return None
+    kinds: dict[str, str] = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
+    return Image(path.read_bytes(), kinds.get(path.suffix, "application/octet-stream"))
+
+
+def _prompt(reader: StoreReader, entry: Entry) -> str | None:
+    """The first turn's context in words, where its tokens and their texts were kept."""
+    try:
+        trajectory = reader.get(entry.id, entry.attempt)
+    except TokensNotKept:
+        return None
+    ids = ids_of(trajectory.turns[0].context).tolist() if trajectory.turns else []
+    pieces = reader.pieces(ids)
+    return "".join([pieces.get(token, "") for token in ids]) or None
+
+
 def _lines(reader: StoreReader, filters: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     cursor = None
     while True:
         page = reader.trajectories(after=cursor, limit=500, **filters)
         for entry in page.entries:
-            record = as_json(reader.get(entry.id, entry.attempt, tokens=False))
-            credit = [
-                {"step": c.step, "reward": c.reward, "parts": c.parts, "turn_rewards": c.turn_rewards}
-                for c in reader.credits(id=entry.id, attempt=entry.attempt)
-            ]
-            yield {"stage": entry.stage, "step": entry.step, "split": entry.split, **record, "credit": credit}
+            yield _line(reader, entry)
         cursor = page.next
         if cursor is None:
             return
+
+
+def _line(reader: StoreReader, entry: Entry) -> dict[str, Any]:
+    record = as_json(reader.get(entry.id, entry.attempt, tokens=False))
+    credit = [
+        {"step": c.step, "reward": c.reward, "parts": c.parts, "turn_rewards": c.turn_rewards}
+        for c in reader.credits(id=entry.id, attempt=entry.attempt)
+    ]
+    place = {"stage": entry.stage, "step": entry.step, "split": entry.split}
+    return {**place, **record, "prompt": _prompt(reader, entry), "credit": credit}
 
 
 def _plain(value: Any) -> Any:
@@ -101,3 +215,12 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     return str(value)
+
+
+def export_one(reader: StoreReader, entry: Entry, form: str) -> tuple[str, str]:
+    """One trajectory as text (`form`: json, jsonl or html) and the type of that text."""
+    line = _line(reader, entry)
+    if form == "html":
+        return "".join(html.page([line], partial(_image, reader), entry.id)), "text/html; charset=utf-8"
+    text = json.dumps(line, default=_plain, indent=2 if form == "json" else None) + "\n"
+    return text, "application/json" if form == "json" else "application/jsonl"

@@ -19,8 +19,10 @@ from agentrl.errors import RunFailed, UsageError
 from agentrl.trajectory import Trajectory
 
 NAME = "index.sqlite"
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, FORMAT)  # an index of format 1 has no search, and fewer indices
 _NETWORK = re.compile(r"(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|fuse\.(sshfs|glusterfs|s3fs).*)")
+_CACHE = "PRAGMA cache_size = -65536"  # KiB: a long list's indices grow beyond SQLite's 2 MiB
 _log = logging.getLogger(__name__)
 
 # What a TRAJECTORY frame's meta holds, in this order; `tokens_*` and `read_*` are the places of its other frames.
@@ -42,6 +44,19 @@ CREATE INDEX by_reward ON trajectories (reward);
 CREATE INDEX by_group ON trajectories (group_id);
 CREATE INDEX by_env ON trajectories (env, reward);
 CREATE INDEX by_task ON trajectories (task_id);
+CREATE INDEX by_stage ON trajectories (stage);
+CREATE INDEX steps_of_stage ON trajectories (stage, step);
+CREATE INDEX by_split ON trajectories (split);
+CREATE INDEX by_source ON trajectories (source);
+CREATE INDEX by_success ON trajectories (success);
+CREATE INDEX by_outcome ON trajectories (outcome, why);
+CREATE INDEX by_errors ON trajectories (n_errors) WHERE n_errors > 0;
+CREATE INDEX by_calls ON trajectories (n_calls);
+CREATE INDEX by_tokens ON trajectories (n_tokens);
+CREATE INDEX by_turns ON trajectories (n_turns);
+CREATE INDEX by_seconds ON trajectories (seconds);
+CREATE INDEX by_cost ON trajectories (tool_cost);
+CREATE VIRTUAL TABLE search USING fts5 (text, content = '', detail = none, columnsize = 0);
 CREATE TABLE credit (
     rowid INTEGER PRIMARY KEY, {", ".join(CREDIT_FACTS)}, {", ".join(PLACE)},
     UNIQUE (stage, step, group_id, member)
@@ -57,7 +72,8 @@ def _slots(columns: Sequence[str]) -> str:
     return f"({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
-INSERT_TRAJECTORY = f"INTO trajectories {_slots((*FACTS, *PLACE))}"
+INSERT_TRAJECTORY = f"INSERT INTO trajectories {_slots(('rowid', *FACTS, *PLACE))}"
+INSERT_TEXT = "INSERT INTO search (rowid, text) VALUES (?, ?)"
 INSERT_CREDIT = f"INSERT OR REPLACE INTO credit {_slots((*CREDIT_FACTS, *PLACE))}"
 INSERT_PIECE = "INSERT OR IGNORE INTO pieces VALUES (?, ?)"
 INSERT_EXTENT = "INSERT OR REPLACE INTO segments VALUES (?, ?)"
@@ -94,6 +110,7 @@ def connect(folder: Path, *, name: str = NAME) -> sqlite3.Connection:
                 path,
                 kind or "a file system without shared memory",
             )
+        connection.execute(_CACHE)
         connection.execute("PRAGMA synchronous = NORMAL")  # the segments are synced; the index can be made again
         version = _version(connection)
         if version == 0:
@@ -122,8 +139,9 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
         raise index_failed(path, error) from error
     if version == 0:
         raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
-    if version != FORMAT:
+    if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
+    connection.execute(_CACHE)
     return connection
 
 
@@ -174,19 +192,24 @@ def insert(
     credit: Iterable[Sequence[Any]] = (),
     pieces: Iterable[tuple[int, str]] = (),
     extents: Iterable[tuple[str, int]] = (),
-    repeat: str = "ABORT",
-) -> None:
-    """Insert rows (FACTS + PLACE, CREDIT_FACTS + PLACE) within the caller's transaction.
+    texts: Sequence[str] = (),
+) -> int:
+    """Insert rows (FACTS + PLACE, CREDIT_FACTS + PLACE) within the caller's transaction; return the first row id.
 
-    A trajectory that is there already raises `sqlite3.IntegrityError`, or is left as it is with `repeat` "IGNORE".
+    `texts` are what search reads of each trajectory, if anything. A trajectory that is there already raises
+    `sqlite3.IntegrityError`.
     """
     rows = list(trajectories)
+    ((last,),) = connection.execute("SELECT ifnull(MAX(rowid), 0) FROM trajectories").fetchall()
+    first = int(last) + 1
     if rows:
-        connection.executemany(f"INSERT OR {repeat} {INSERT_TRAJECTORY}", rows)
+        connection.executemany(INSERT_TRAJECTORY, [(first + i, *row) for i, row in enumerate(rows)])
         connection.executemany(SUPERSEDE, [row[:2] for row in rows if row[1] > 0])
+        connection.executemany(INSERT_TEXT, [(first + i, text) for i, text in enumerate(texts)])
     connection.executemany(INSERT_CREDIT, credit)
     connection.executemany(INSERT_PIECE, pieces)
     connection.executemany(INSERT_EXTENT, extents)
+    return first
 
 
 def rewind(connection: sqlite3.Connection, stage: str, step: int) -> None:

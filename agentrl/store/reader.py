@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from agentrl.errors import UsageError
 from agentrl.store import index
 from agentrl.store.codec import TokensNotKept, spans_of, trajectory_in
 from agentrl.store.credit import Credit, credit_in
 from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
 from agentrl.store.journal import read_journals
 from agentrl.store.key import EpisodeKey
+from agentrl.store.query import Filter, Sort, select
 from agentrl.trajectory import Span, Trajectory, Turn
-
-Sort = Literal["added", "reward", "step"]
-_SORT: Mapping[Sort, str] = {"added": "rowid", "reward": "reward", "step": "step"}
 
 
 class Cursor(NamedTuple):
@@ -69,7 +69,8 @@ class Page:
     last: Cursor | None
 
 
-_COLUMNS = ", ".join(Entry.__dataclass_fields__)
+_COLUMNS = ", ".join(f"t.{name}" for name in Entry.__dataclass_fields__)
+_ALL = Filter()
 _FLAGS = [list(Entry.__dataclass_fields__).index(name) for name in ("success", "latest")]
 _PLACES = "segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length"
 
@@ -87,6 +88,7 @@ class StoreReader:
         self._lock = threading.Lock()
         self._connections: list[sqlite3.Connection] = []
         self._files: dict[str, int] = {}
+        self._known_indices: frozenset[str] | None = None
         self._db()
 
     def trajectories(
@@ -109,47 +111,35 @@ class StoreReader:
 
         With sort "added", `after` the `last` cursor seen gives what was added since.
         """
-        column, way, sign = _SORT[sort], "DESC" if descending else "ASC", "<" if descending else ">"
-        # A unary plus keeps SQLite from choosing an index with which it would have to sort a long list afterwards.
-        plus = "" if sort == "reward" else "+"
         low, high = reward
-        asked = {
-            "step = ?": step,
-            "stage = ?": stage,
-            "split = ?": split,
-            "group_id = ?": group,
-            "task_id = ?": task,
-            f"{plus}env = ?": env,
-            f"{plus}reward >= ?": low,
-            f"{plus}reward <= ?": high,
-            "latest = ?": None if all_attempts else 1,
-        }
-        terms = {term: value for term, value in asked.items() if value is not None}
-        rows: list[tuple[Any, ...]] = []
-        for missing in (False, True) if sort == "reward" else (False,):
-            leg: dict[str, object] = {**terms, f"{column} IS {'' if missing else 'NOT'} NULL": None}
-            if after is not None and missing and after.value is None:
-                leg[f"rowid {sign} ?"] = after.rowid
-            elif after is not None and not missing:
-                if after.value is None:  # the page before ended among the missing rewards
-                    continue
-                leg[f"({column}, rowid) {sign} (?, {int(after.rowid)})"] = after.value
-            rows += self._rows(
-                f"SELECT {_COLUMNS} FROM trajectories WHERE {' AND '.join(leg)} "
-                f"ORDER BY {column} {way}, rowid {way} LIMIT ?",
-                *[value for value in leg.values() if value is not None],
-                limit + 1 - len(rows),
-            )
-            if len(rows) > limit:
-                break
+        asked = Filter(
+            stage=stage, step=step, split=split, group=group, task=task, env=env,
+            reward_min=low, reward_max=high, all_attempts=all_attempts,
+        )  # fmt: skip
+        return self.query(asked, sort=sort, descending=descending, after=after, limit=limit)
+
+    def query(
+        self,
+        asked: Filter = _ALL,
+        *,
+        sort: Sort = "added",
+        descending: bool = False,
+        after: Cursor | None = None,
+        limit: int = 100,
+    ) -> Page:
+        """A page of the list of what passes `asked`; missing rewards sort last."""
+        if asked.text and self.format < 2:
+            raise UsageError(f"this store has no search yet; run: agentrl index {self._run_dir} --rebuild")
+        rows = select(_COLUMNS, asked, sort, descending, after, limit + 1, self._rows, self._indices())
         entries = tuple(_entry(row) for row in rows[:limit])
-        last = Cursor(getattr(entries[-1], column), entries[-1].rowid) if entries else after
+        by = "rowid" if sort == "added" else sort
+        last = Cursor(getattr(entries[-1], by), entries[-1].rowid) if entries else after
         return Page(entries, last if len(rows) > limit else None, last)
 
     def entry(self, id: str, attempt: int | None = None) -> Entry:
         """One line of the list. Raises `KeyError` where there is none."""
         clause, values = _which(id, attempt)
-        rows = self._rows(f"SELECT {_COLUMNS} FROM trajectories WHERE {clause}", *values)
+        rows = self._rows(f"SELECT {_COLUMNS} FROM trajectories AS t WHERE {clause}", *values)
         if not rows:
             raise KeyError(_absent(id, attempt))
         return _entry(rows[0])
@@ -196,6 +186,10 @@ class StoreReader:
         frames = [self._frame(*row) for row in rows]
         return [credit_in(frame.meta, frame.body) for frame in frames]
 
+    def credited(self) -> list[tuple[str, int]]:
+        """Every (stage, step) that gave credit, in order."""
+        return [(stage, step) for stage, step in self._rows("SELECT DISTINCT stage, step FROM credit ORDER BY 1, 2")]
+
     def inflight(self, step: int | None = None, stage: str | None = None) -> dict[EpisodeKey, list[Turn]]:
         """The turns, from turn 0 on, of episodes whose latest attempt has turns but no stored trajectory."""
         found = {
@@ -224,10 +218,57 @@ class StoreReader:
         )
         return [id for id, kept, at in rows if at >= 0 and (not kept or (self._folder / kept).exists())]
 
+    def attempts(self, id: str) -> list[int]:
+        """Every stored attempt of a trajectory, in order."""
+        return [n for (n,) in self._rows("SELECT attempt FROM trajectories WHERE id = ? ORDER BY attempt", id)]
+
     def attempt(self, id: str) -> int:
         """The latest stored attempt of a trajectory, -1 where none is stored."""
         ((attempt,),) = self._rows("SELECT MAX(attempt) FROM trajectories WHERE id = ?", id)
         return -1 if attempt is None else int(attempt)
+
+    @property
+    def format(self) -> int:
+        """The format of the index; one before `index.FORMAT` lacks what was added since."""
+        ((version,),) = self._rows("PRAGMA user_version")
+        return int(version)
+
+    def count(self) -> int:
+        """How many trajectories are stored, without attempts that were superseded."""
+        ((n,),) = self._rows("SELECT COUNT(*) FROM trajectories WHERE latest")
+        return int(n)
+
+    def facets(self) -> dict[str, Any]:
+        """What lists can be filtered by: {stages, splits, outcomes: {text: count}, steps: {stage: [min, max]},
+        sources, envs}. Superseded attempts count, too.
+        """
+        outcomes = self._rows("SELECT outcome, why, COUNT(*) FROM trajectories GROUP BY outcome, why")
+        stages = self._distinct("stage")
+        steps = {}
+        for stage in stages:
+            ends = [
+                self._rows(f"SELECT {end}(step) FROM trajectories WHERE stage = ?", stage)[0][0]
+                for end in ("MIN", "MAX")
+            ]
+            steps[stage] = ends
+        return {
+            "stages": stages,
+            "splits": self._distinct("split"),
+            "outcomes": {f"{kind}({why})" if why else str(kind): count for kind, why, count in outcomes},
+            "steps": steps,
+            "sources": self._distinct("source"),
+            "envs": self._distinct("env"),
+        }
+
+    def _distinct(self, column: str) -> list[str]:
+        """The different values of an indexed column, each found by one step down the index."""
+        found: list[str] = []
+        while True:
+            clause = f"WHERE {column} > ?" if found else ""
+            rows = self._rows(f"SELECT {column} FROM trajectories {clause} ORDER BY {column} LIMIT 1", *found[-1:])
+            if not rows:
+                return found
+            found.append(rows[0][0])
 
     def ids(self) -> list[tuple[str, int]]:
         """Every (id, latest attempt), sorted."""
@@ -248,9 +289,11 @@ class StoreReader:
 
     def image(self, sha256: str) -> Path:
         """The file of a stored picture. Raises `KeyError` where there is none."""
-        for path in (self._run_dir / "media").iterdir():
-            if path.stem == sha256 and path.suffix != ".part":
-                return path
+        media = self._run_dir / "media"
+        if re.fullmatch("[0-9a-f]{64}", sha256):
+            for suffix in (".png", ".jpg", ".webp", ".bin"):
+                if (path := media / f"{sha256}{suffix}").is_file():
+                    return path
         raise KeyError(f"no picture {sha256!r} in {self._run_dir / 'media'}")
 
     def close(self) -> None:
@@ -279,6 +322,14 @@ class StoreReader:
                 self._connections.append(self._local.connection)
         connection: sqlite3.Connection = self._local.connection
         return connection
+
+    def _indices(self) -> frozenset[str]:
+        """The indices of this store; one of an earlier format lacks some, and its lists take longer."""
+        if self._known_indices is None:
+            self._known_indices = frozenset(
+                name for (name,) in self._rows("SELECT name FROM sqlite_master WHERE type = 'index'")
+            )
+        return self._known_indices
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         try:
@@ -337,4 +388,4 @@ def _absent(id: str, attempt: int | None) -> str:
     )
 
 
-__all__ = ["Cursor", "Entry", "Page", "Sort", "StoreReader", "TokensNotKept"]
+__all__ = ["Cursor", "Entry", "Filter", "Page", "Sort", "StoreReader", "TokensNotKept"]

@@ -26,7 +26,8 @@ from agentrl.store.journal import Journal
 from agentrl.store.key import EpisodeKey
 from agentrl.store.rebuild import catch_up
 from agentrl.store.segments import Segment, check_writer, disk_failed, number_of, series, sync_path, write_all
-from agentrl.trajectory import Group, Ids, Trajectory, Turn, as_ids
+from agentrl.store.text import text_of
+from agentrl.trajectory import Group, Ids, Span, Trajectory, Turn, as_ids
 
 Keep = Literal["all", "every_n", "last_k"]
 _EXTENSIONS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
@@ -60,11 +61,13 @@ class StoreWriter:
         self._writer, self._full = check_writer(writer), segment_bytes
         self._keep, self._n = tokens, n
         self._pieces_of, self._seen = pieces, np.zeros(0, dtype=bool)
+        self._words: dict[int, str] = {}  # the pieces known so far; those of `_seen` are on disk
         self._lock = threading.RLock()
         self._failed: RunFailed | None = None
         self._closed = False
         self._encoder = Encoder()
         self._stored: dict[int, Stored] = {}  # spans of the present step, by identity
+        self._prompts: dict[int, tuple[Span, str]] = {}  # their text, by identity, of the present step
         self._moment: tuple[str, int] | None = None
         self._moments: list[tuple[str, int]] = []
         self._credit: list[tuple[Any, ...]] = []
@@ -83,9 +86,9 @@ class StoreWriter:
                 self._recover(own)
                 self._journal = Journal(self._folder, writer, self._latest)
                 if pieces is not None:
-                    known = [int(token) for (token,) in self._db.execute("SELECT token FROM pieces")]
-                    self._grow(max(known, default=-1) + 1)
-                    self._seen[known] = True
+                    self._words = dict(self._db.execute("SELECT token, piece FROM pieces"))
+                    self._grow(max(self._words, default=-1) + 1)
+                    self._seen[list(self._words)] = True
             undo.pop_all()
 
     def _recover(self, own: Sequence[Path]) -> None:
@@ -128,6 +131,7 @@ class StoreWriter:
         with self._lock, self._guard():
             if self._moment != (stage, step):
                 self._stored.clear()
+                self._prompts.clear()
                 self._moment = (stage, step)
                 if self._moment not in self._moments:  # where steps overlap, an earlier one's last episodes come late
                     self._moments = [*self._moments, self._moment][-_MOMENTS:]
@@ -276,6 +280,20 @@ class StoreWriter:
         facts = index.facts_of(trajectory, step=step, stage=stage, split=split, tokens=tokens, read=read)
         block = frame(Kind.TRAJECTORY, facts, self._encoder.pack(head))
         batch.rows.append((*facts, self._segment.name, batch.put(block), len(block)))
+        here = tokens[0] == "" and tokens[1] >= 0  # else a rebuild could not read the prompt
+        batch.texts.append(text_of(self._prompt(trajectory) if here else "", trajectory.turns))
+
+    def _prompt(self, trajectory: Trajectory) -> str:
+        """The text of the first turn's context; spans that siblings share are put into words once."""
+        if self._pieces_of is None or not trajectory.turns:
+            return ""
+        parts = []
+        for piece in trajectory.turns[0].context:
+            if id(piece.span) not in self._prompts:
+                self._prompts[id(piece.span)] = (piece.span, "".join(self._texts_of(piece.span.ids)))
+            whole = len(piece) == len(piece.span)
+            parts.append(self._prompts[id(piece.span)][1] if whole else "".join(self._texts_of(piece.ids)))
+        return "".join(parts)
 
     def _encode_pieces(self, batch: _Batch) -> None:
         """Add the text of ids that the run has not seen before."""
@@ -285,8 +303,15 @@ class StoreWriter:
         self._grow(int(ids.max(initial=0)) + 1)
         fresh = np.unique(ids[~self._seen[ids]]).astype(np.int32)
         if fresh.size:
-            batch.pieces = list(zip(fresh.tolist(), self._pieces_of(as_ids(fresh)), strict=True))
+            batch.pieces = list(zip(fresh.tolist(), self._texts_of(fresh), strict=True))
             batch.put(self._encoder.frame(Kind.PIECES, (), self._encoder.pack(list(zip(*batch.pieces, strict=True)))))
+
+    def _texts_of(self, ids: Ids) -> list[str]:
+        """The pieces of `ids`; each id is asked for once in a run."""
+        new = sorted({token for token in ids.tolist() if token not in self._words})
+        if new and self._pieces_of is not None:
+            self._words.update(zip(new, self._pieces_of(as_ids(new)), strict=True))
+        return [self._words[token] for token in ids.tolist()]
 
     def _grow(self, size: int) -> None:
         if size > self._seen.size:
@@ -298,7 +323,9 @@ class StoreWriter:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             try:
-                index.insert(self._db, trajectories=batch.rows, credit=self._credit, pieces=batch.pieces)
+                index.insert(
+                    self._db, trajectories=batch.rows, credit=self._credit, pieces=batch.pieces, texts=batch.texts
+                )
             except sqlite3.IntegrityError as error:
                 raise ValueError(f"an (id, attempt) is stored already; write the next attempt ({error})") from error
             for path in self._unsynced:
@@ -325,6 +352,7 @@ class _Batch:
         self.frames: list[bytes] = []
         self.token_frames: list[bytes] = []
         self.rows: list[tuple[Any, ...]] = []
+        self.texts: list[str] = []
         self.ids: list[bytes] = []
         self.pieces: list[tuple[int, str]] = []
 

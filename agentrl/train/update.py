@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from agentrl.algo.loss import Aggregator, AuxTerm, BehaviourModel, Surrogate, Tokens, Units, policy_loss
+from agentrl.algo.loss import LOSS_WEIGHTS, Aggregator, AuxTerm, BehaviourModel, Surrogate, Tokens, Units, policy_loss
 from agentrl.algo.staleness import AGES
 from agentrl.errors import RunFailed
 from agentrl.train.forward import plan, score_rows, token_logprobs
@@ -132,6 +132,20 @@ def split(rows: Sequence[TrainRow], parts: int) -> list[list[TrainRow]]:
     return [list(rows[a:b]) for a, b in zip([0, *cuts], [*cuts, len(rows)], strict=True)] if rows else []
 
 
+def note_weights(members: Sequence[Member], batches: Sequence[Sequence[TrainRow]], aggregator: Aggregator) -> None:
+    """Write what each token weighs in its mini-batch's loss beside the members' other arrays, 0 where it does not."""
+    for index in {row.member for batch in batches for row in batch}:
+        members[index].arrays[LOSS_WEIGHTS] = members[index].spread([0.0] * len(members[index].trajectory.turns))
+    for batch in batches:
+        weights = aggregator.weigh(units_of(batch))
+        edges = np.cumsum([0, *(len(r.row.targets) for r in batch)])
+        for row, start, stop in zip(batch, edges, edges[1:], strict=False):
+            arrays = members[row.member].arrays[LOSS_WEIGHTS]
+            for turn in np.unique(row.row.turns):
+                mine = row.row.turns == turn
+                arrays[int(turn)][row.row.offsets[mine]] = weights[start:stop][mine]
+
+
 def update(
     policy: Policy,
     optimizer: Optimizer,
@@ -152,6 +166,7 @@ def update(
     started = time.perf_counter()
     report = UpdateReport()
     batches = split(train_rows(members, objective), minibatches)
+    note_weights(members, batches, objective.aggregator)
     for number, batch in enumerate(batches):
         metrics = _step(
             policy,

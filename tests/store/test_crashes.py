@@ -145,7 +145,7 @@ def test_a_full_disk(tmp_path: Path, records: ModuleType, monkeypatch: pytest.Mo
 
 
 def test_a_disk_of_limited_size(tmp_path: Path, records: ModuleType) -> None:
-    command = [sys.executable, str(CHILD), str(tmp_path), "0", "--limit", "120000"]
+    command = [sys.executable, str(CHILD), str(tmp_path), "0", "--limit", "250000"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=ENVIRONMENT, check=False)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr

@@ -48,5 +48,6 @@ class OTCReward(RewardShaper):
         fewest = min(seen)
         store.put(self.type, group.task_id, fewest)
         for member in group.scored:
-            factor = self.alpha * call_reward(member.trajectory.n_tool_calls, fewest, self.c)
-            set_reward(member, self.type, factor * (member.reward or 0.0))
+            calls = member.trajectory.n_tool_calls
+            factor = self.alpha * call_reward(calls, fewest, self.c)
+            set_reward(member, self.type, factor * (member.reward or 0.0), calls=calls, fewest=fewest, factor=factor)

@@ -1,0 +1,340 @@
+"""Run folders as they are: whole, at work, half-written, damaged, of another version, or no runs at all.
+
+Nothing here raises for a bad folder. What can be read is shown; what cannot is a sentence in `problems`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from agentrl.errors import AgentRLError, UsageError
+from agentrl.metrics import NAME as METRICS
+from agentrl.store import StoreReader, index
+from agentrl.store.run import read_info
+from agentrl.store.segments import held
+
+Status = Literal["running", "completed", "failed", "cancelled", "unknown"]
+_SIGNS = ("run.json", "index.sqlite", METRICS, "seg", "summary.json")
+_DEEP = 6  # folders below the one that was named
+_MANY = 2000  # runs that are listed
+
+
+def find(folders: Sequence[Path]) -> Iterator[Path]:
+    """The run folders at and under `folders`, each once, by name; a folder that is named but is none comes, too."""
+    seen: set[Path] = set()
+    for folder in folders:
+        found = list(_under(folder, _DEEP))
+        for path in found or [folder]:
+            where = path.resolve()
+            if where not in seen:
+                seen.add(where)
+                yield path
+
+
+def _under(folder: Path, deep: int) -> Iterator[Path]:
+    try:
+        names = {entry.name: entry for entry in os.scandir(folder)}
+    except OSError:
+        return
+    if sum(name in names for name in _SIGNS) >= 2 or "run.json" in names or "index.sqlite" in names:
+        yield folder
+        return
+    if deep:
+        for name in sorted(names):
+            if names[name].is_dir(follow_symlinks=False) and not name.startswith("."):
+                yield from _under(folder / name, deep - 1)
+
+
+class Run:
+    """One run folder. Safe to use from several threads."""
+
+    def __init__(self, number: int, folder: Path) -> None:
+        self.key, self.folder = f"r{number}", folder
+        self._lock = threading.Lock()
+        self._reader: StoreReader | None = None
+        self._why: str | None = None
+        self._configs: tuple[float, str, Mapping[str, Any]] | None = None
+        self._facts: tuple[Any, dict[str, Any]] | None = None
+
+    # -- what is in the folder ----------------------------------------------------------------------
+
+    @property
+    def reader(self) -> StoreReader | None:
+        """The store's reader, None where there is nothing to read; `trouble` then says why."""
+        with self._lock:
+            if self._reader is None:
+                try:
+                    self._reader, self._why = StoreReader(self.folder), None
+                except (AgentRLError, OSError) as error:
+                    self._why = one_line(error)
+            return self._reader
+
+    @property
+    def trouble(self) -> str | None:
+        """Why there is no reader."""
+        return None if self.reader is not None else self._why
+
+    def status(self, summary: Mapping[str, Any] | None) -> Status:
+        """What became of the run, or that it is at work now."""
+        if held(self.folder / "run.lock"):
+            return "running"
+        found = (summary or {}).get("status")
+        return found if found in ("completed", "failed", "cancelled") else "unknown"
+
+    def summary(self) -> dict[str, Any] | None:
+        return self._json("summary.json")
+
+    def config(self) -> tuple[str, Mapping[str, Any]]:
+        """The resolved configuration as text and as values (empty where it cannot be read)."""
+        path = self.folder / "config.resolved.yaml"
+        try:
+            stamp = path.stat().st_mtime
+            if self._configs is None or self._configs[0] != stamp:
+                text = path.read_text(encoding="utf-8", errors="replace")
+                self._configs = stamp, text, _values(text)
+        except OSError:
+            return "", {}
+        return self._configs[1], self._configs[2]
+
+    def stages(self) -> list[str]:
+        """The labels of the run's stages, in order: as its configuration names them, else as its records do."""
+        _, config = self.config()
+        kinds = [str(stage.get("type")) for stage in config.get("stages", ()) if isinstance(stage, Mapping)]
+        if kinds:
+            return [kind if (n := kinds[: i + 1].count(kind)) == 1 else f"{kind}{n}" for i, kind in enumerate(kinds)]
+        return []
+
+    # -- what the list of runs shows ------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """The run's line in the list. Remembered until one of its files changes."""
+        stamp = tuple(_stamp(self.folder / name) for name in (*_SIGNS, "config.resolved.yaml", "index.sqlite-wal"))
+        with self._lock:
+            known = self._facts
+        summary_now = self.summary() if known is None or known[0] != stamp else None
+        if known is not None and known[0] == stamp:
+            status = self.status(known[1]["_summary"])
+            return {**{name: value for name, value in known[1].items() if name[0] != "_"}, "status": status}
+        facts = self._look(summary_now)
+        with self._lock:
+            self._facts = stamp, {**facts, "_summary": summary_now}
+        return facts
+
+    def _look(self, summary: dict[str, Any] | None) -> dict[str, Any]:
+        problems: list[str] = []
+        _, config = self.config()
+        reader = self.reader
+        info: dict[str, Any] = {}
+        if not self.folder.is_dir():
+            problems.append(f"{self.folder} is not a folder")
+        elif not any((self.folder / name).exists() for name in _SIGNS):
+            problems.append(f"{self.folder} holds no run: none of {', '.join(_SIGNS)} is there")
+        else:
+            try:
+                got = read_info(self.folder)
+                info = {"created": got.created, "config_version": got.config_version}
+            except (UsageError, OSError) as error:
+                problems.append(one_line(error))
+            if reader is None and self._why:
+                problems.append(self._why)
+            if not config:
+                problems.append("config.resolved.yaml is missing or cannot be read: components have no names here")
+            if (self.folder / "summary.json").exists() and summary is None:
+                problems.append("summary.json cannot be read")
+            if reader is not None and reader.format != index.FORMAT:
+                problems.append(
+                    f"the index has format {reader.format}: no full-text search, and lists are slower; "
+                    f"run: agentrl index {self.folder} --rebuild"
+                )
+        lines, damaged = self.metrics(0)
+        if damaged:
+            problems.append(f"{damaged} lines of {METRICS} cannot be read")
+        episodes = 0
+        if reader is not None:
+            try:
+                episodes = reader.count()
+            except AgentRLError as error:
+                problems.append(one_line(error))
+        model = config.get("model")
+        env = config.get("env")
+        last: dict[str, int] = {}
+        for line in lines:
+            stage = str(line.get("stage"))
+            if not stage.endswith("-eval") and isinstance(line.get("step"), int):
+                last[stage] = max(last.get(stage, 0), line["step"])
+        return {
+            "run": self.key,
+            "name": str(config.get("name") or self.folder.name),
+            "folder": str(self.folder),
+            "status": self.status(summary),
+            "started": _seconds(info.get("created")),
+            "steps": sum(last.values()),
+            "stages": self.stages() or sorted(last),
+            "episodes": episodes,
+            "env": _name(env),
+            "model": _name(model),
+            "best": best(summary, lines),
+            "problems": problems,
+            "read_only": not os.access(self.folder, os.W_OK),
+        }
+
+    def detail(self) -> dict[str, Any]:
+        """All that is known of the run as a whole."""
+        text, _ = self.config()
+        summary = self.summary()
+        info = self._json("run.json") or {}
+        return {
+            **self.facts(),
+            "config": text,
+            "command": info.get("command") or [],
+            "versions": info.get("versions") or {},
+            "machine": info.get("machine") or {},
+            "git_commit": info.get("git_commit"),
+            "resumed": info.get("resumed") or [],
+            "eval": (summary or {}).get("eval") or [],
+            "summary": summary,
+        }
+
+    def metrics(self, since: int) -> tuple[list[dict[str, Any]], int]:
+        """The lines of metrics.jsonl from number `since` on, and how many could not be read. A torn end waits.
+
+        The number of the next line is `since` plus both.
+        """
+        try:
+            data = (self.folder / METRICS).read_bytes()
+        except OSError:
+            return [], 0
+        lines: list[dict[str, Any]] = []
+        damaged = 0
+        for text in data.split(b"\n")[since:-1]:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                line = None
+            if isinstance(line, dict):
+                lines.append(line)
+            else:
+                damaged += 1
+        return lines, damaged
+
+    def close(self) -> None:
+        with self._lock:
+            if self._reader is not None:
+                self._reader.close()
+                self._reader = None
+
+    def _json(self, name: str) -> dict[str, Any] | None:
+        try:
+            found = json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+        return found if isinstance(found, dict) else None
+
+
+class Runs:
+    """The runs under the folders that were named. Numbers stay what they are; new runs get the next."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = tuple(folders)
+        self._lock = threading.Lock()
+        self._runs: dict[Path, Run] = {}
+        self._forks: set[Path] = set()
+
+    def all(self) -> list[Run]:
+        """Every run that is there now, or was."""
+        with self._lock:
+            for path in find(self._folders):
+                if path not in self._runs and len(self._runs) < _MANY:
+                    self._runs[path] = Run(len(self._runs), path)
+            return list(self._runs.values())
+
+    def get(self, key: str) -> Run | None:
+        """The run of that number."""
+        with self._lock:
+            known = {run.key: run for run in self._runs.values()}
+        return known.get(key) or {run.key: run for run in self.all()}.get(key)
+
+    def at(self, folder: Path) -> Run | None:
+        """The run in that very folder, known from now on; None where there is none."""
+        if not (folder / "run.json").is_file() and not (folder / index.NAME).is_file():
+            return None
+        with self._lock:
+            if folder not in self._folders:
+                self._folders = (*self._folders, folder)
+        return next((run for run in self.all() if run.folder == folder), None)
+
+    def fork_of(self, folder: Path) -> Path:
+        """A new folder beside a run, for a branch of it."""
+        with self._lock:
+            names = (folder.with_name(f"{folder.name}-fork-{n}") for n in count(1))
+            out = next(path for path in names if path not in self._forks and not path.exists())
+            self._forks.add(out)
+            return out
+
+    def close(self) -> None:
+        for run in self._runs.values():
+            run.close()
+
+
+def best(summary: Mapping[str, Any] | None, lines: Sequence[Mapping[str, Any]]) -> float | None:
+    """The best success of an evaluation, else of a training step."""
+    records = (summary or {}).get("eval") or []
+    found = [record.get("success") for record in records if isinstance(record, Mapping)]
+    found = found or [
+        value
+        for line in lines
+        for name, value in line.items()
+        if name == "success" or (name.startswith("eval/") and name.endswith("/success"))
+    ]
+    numbers = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v)]
+    return max(numbers, default=None)
+
+
+def one_line(error: Exception) -> str:
+    """An error as one sentence."""
+    return " ".join(str(error).split())
+
+
+def _values(text: str) -> Mapping[str, Any]:
+    try:
+        found = YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def _name(part: object) -> str | None:
+    if isinstance(part, str):
+        return part
+    if isinstance(part, Mapping):
+        arch = part.get("arch")
+        kind = f"{arch.get('model_type')} from scratch" if isinstance(arch, Mapping) else None
+        found = part.get("id") or part.get("path") or part.get("name") or kind or part.get("type")
+        return None if found is None else str(found)
+    return None
+
+
+def _seconds(moment: object) -> float | None:
+    try:
+        return datetime.fromisoformat(str(moment)).timestamp()
+    except ValueError:
+        return None
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return 0, 0
+    return found.st_mtime_ns, found.st_size

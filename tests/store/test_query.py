@@ -1,0 +1,176 @@
+"""Lists by every order and filter against a plain sort; search against a plain look; both after a rebuild, too."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from agentrl.errors import UsageError
+from agentrl.store import SORTS, Cursor, Entry, Filter, Sort, StoreReader, StoreWriter, query, rebuild
+from agentrl.store.query import match_of, words_of
+from agentrl.trajectory import Ids, Outcome, Sampling, Span, ToolCall, ToolResult, ToolUse, Trajectory, Turn, as_ids
+
+WORDS = ["Äpfel", "naïve", "order-17", "the", "price", "日本語", "x_y", "zürich", "42"]
+
+
+def made(rng: np.random.Generator, i: int, prompt: Span) -> Trajectory:
+    said = " ".join(rng.choice(WORDS, 2))
+    use = ToolUse(ToolCall("lookup", {"of": str(rng.choice(WORDS))}), ToolResult(str(rng.choice(WORDS)), cost=1.0))
+    turns = tuple(
+        Turn((prompt[:],), (), said, said, Sampling(), "stop", tools=(use,) * int(rng.integers(0, 3)), seconds=0.5 * t)
+        for t in range(int(rng.integers(1, 4)))
+    )
+    missing = rng.random() < 0.2
+    outcome = Outcome("failed", "infra") if missing else Outcome("completed")
+    reward = None if missing else float(rng.integers(0, 3)) / 2
+    return Trajectory(
+        f"s/{i}", f"g{i % 7}", f"t{i % 5}", turns, outcome, i, env=f"e{i % 2}", reward=reward,
+        success=None if missing else bool(reward), source="demo" if i % 11 == 0 else "policy",
+    )  # fmt: skip
+
+
+def pieces(ids: Ids) -> list[str]:
+    return [f" word{token}" for token in ids.tolist()]
+
+
+@pytest.fixture(params=["kept", "made again"])
+def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    rng = np.random.default_rng(3)
+    with StoreWriter(tmp_path, pieces=pieces) as store:
+        for step in range(6):
+            prompt = Span(as_ids([step, 100]), "user", "template")
+            store.add([made(rng, 20 * step + i, prompt) for i in range(20)], step=step, stage="ab"[step % 2])
+    if request.param == "made again":
+        rebuild(tmp_path)
+    return tmp_path
+
+
+FILTERS: list[tuple[Filter, Callable[[Entry], bool]]] = [
+    (Filter(), lambda e: True),
+    (Filter(stage="a"), lambda e: e.stage == "a"),
+    (Filter(step_min=2, step_max=4), lambda e: 2 <= e.step <= 4),
+    (Filter(group="g3", success=True), lambda e: e.group_id == "g3" and e.success is True),
+    (Filter(outcome="failed", why="infra"), lambda e: e.outcome == "failed"),
+    (Filter(env="e1", reward_min=0.5), lambda e: e.env == "e1" and (e.reward or 0) >= 0.5),
+    (Filter(task="t1", source="demo"), lambda e: e.task_id == "t1" and e.source == "demo"),
+    (Filter(reward_max=0.0), lambda e: e.reward == 0.0),
+]
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["filter drives", "order drives"])
+@pytest.mark.parametrize("sort", SORTS)
+def test_every_order_of_every_filter(folder: Path, sort: Sort, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "MANY", 10_000 if few else 1)
+    with StoreReader(folder) as reader:
+        everything = reader.query(limit=1000).entries
+        assert len(everything) == 120
+        for asked, passes in FILTERS:
+            for descending in (False, True):
+                got: list[Entry] = []
+                after: Cursor | None = None
+                while True:
+                    page = reader.query(asked, sort=sort, descending=descending, after=after, limit=7)
+                    got += page.entries
+                    after = page.next
+                    if after is None:
+                        break
+                name = "rowid" if sort == "added" else sort
+                known = [e for e in everything if passes(e) and getattr(e, name) is not None]
+                known.sort(key=lambda e: (getattr(e, name), e.rowid), reverse=descending)
+                unknown = [e for e in everything if passes(e) and getattr(e, name) is None]
+                unknown.sort(key=lambda e: e.rowid, reverse=descending)
+                assert got == known + unknown, (asked, descending)
+
+
+def texts(trajectory: Trajectory) -> str:
+    said = [(t.text, *[f"{u.call.arguments['of']} {u.result.text}" for u in t.tools]) for t in trajectory.turns]
+    prompt = "".join(pieces(trajectory.turns[0].context[0].ids))
+    return prompt + " " + " ".join(part for turn in said for part in turn)
+
+
+@pytest.mark.parametrize("sort", ["added", "reward"])
+@pytest.mark.parametrize(
+    "asked",
+    ["the price", "PRICE", "apfel ", "order-17", "日本", "x_y lookup", "word3", "word100 zürich ", "nothing", "pri"],
+)
+def test_search_finds_what_is_there(folder: Path, asked: str, sort: Sort) -> None:
+    import unicodedata
+
+    def plain(text: str) -> list[str]:
+        folded = unicodedata.normalize("NFKD", text.lower())
+        return words_of("".join(c for c in folded if not unicodedata.combining(c)))
+
+    with StoreReader(folder) as reader:
+        got = {e.id for e in reader.query(Filter(text=asked), sort=sort, limit=1000).entries}
+        *whole, last = plain(asked)
+        wanted = set()
+        for entry in reader.query(limit=1000).entries:
+            words = [*plain(texts(reader.get(entry.id))), *["lookup"] * (entry.n_calls > 0)]
+            begins = not asked.endswith(" ") and len(last) >= 3
+            ends = any(word.startswith(last) for word in words) if begins else last in words
+            if ends and all(word in words for word in whole):
+                wanted.add(entry.id)
+    assert got == wanted
+
+
+def test_a_search_is_words_and_never_a_language() -> None:
+    assert match_of('a "b* OR (c) NEAR/2') == '"a" "b" "OR" "c" "NEAR" "2"'
+    with pytest.raises(UsageError, match="holds no word"):
+        match_of('"*()')
+
+
+def test_a_rebuilt_index_is_the_kept_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    for writer in ("b", "a"):  # a's prompts use words that b wrote down
+        with StoreWriter(tmp_path, writer=writer, pieces=pieces) as store:
+            for step in range(3):
+                prompt = Span(as_ids([step, 7, ord(writer)]), "user", "template")
+                found = [made(rng, 1000 * ord(writer) + 10 * step + i, prompt) for i in range(10)]
+                store.add(found, step=step, stage="rl")
+
+    def contents() -> Any:
+        with sqlite3.connect(tmp_path / "index.sqlite") as index:
+            index.execute("CREATE VIRTUAL TABLE temp.terms USING fts5vocab (main, search, instance)")
+            ids = dict(index.execute("SELECT rowid, id FROM trajectories"))
+            terms = sorted((term, ids[doc]) for term, doc in index.execute("SELECT term, doc FROM temp.terms"))
+            columns = [row[1] for row in index.execute("PRAGMA table_info (trajectories)") if row[1] != "rowid"]
+            rows = sorted(index.execute(f"SELECT {', '.join(columns)} FROM trajectories"), key=repr)
+            return (
+                rows,
+                terms,
+                sorted(index.execute("SELECT * FROM pieces")),
+                sorted(index.execute("SELECT * FROM segments")),
+            )
+
+    before = contents()
+    assert any(term == "word97" for term, _ in before[1])
+    rebuild(tmp_path)
+    assert contents() == before
+
+
+def test_an_index_of_the_format_before_is_read(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    prompt = Span(as_ids([1]), "user", "template")
+    with StoreWriter(tmp_path) as store:
+        store.add([made(rng, i, prompt) for i in range(20)], step=0, stage="rl")
+    with sqlite3.connect(tmp_path / "index.sqlite") as index:
+        old = {"by_step", "by_reward", "by_group", "by_env", "by_task", "credit_by_id"}
+        for (name,) in index.execute("SELECT name FROM sqlite_master WHERE type = 'index' AND sql NOT NULL").fetchall():
+            if name not in old:
+                index.execute(f"DROP INDEX {name}")
+        index.execute("DROP TABLE search")
+        index.execute("PRAGMA user_version = 1")
+    with StoreReader(tmp_path) as reader:
+        assert len(reader.query(Filter(stage="rl"), sort="seconds", limit=50).entries) == 20
+        with pytest.raises(UsageError, match=r"no search yet; run: agentrl index .* --rebuild"):
+            reader.query(Filter(text="price"))
+    with pytest.raises(UsageError, match="has format 1"):
+        StoreWriter(tmp_path)
+    rebuild(tmp_path)
+    with StoreReader(tmp_path) as reader:
+        assert reader.query(Filter(text="price")).entries
