@@ -153,6 +153,6 @@ def export_batches(reader: StoreReader, folder: Path, kind: Kind, *, stage: str 
             path = folder / f"{name}-{number:06d}.safetensors"
             about = {"format": kind, "stage": name, "step": str(number)}
             about |= {key: json.dumps(value) for key, value in texts.items()}
-            save_file({key: np.ascontiguousarray(value) for key, value in tensors.items()}, path, metadata=about)
+            save_file({key: value.copy(order="C") for key, value in tensors.items()}, path, metadata=about)
             count += 1
     return count

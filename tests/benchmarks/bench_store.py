@@ -3,6 +3,7 @@
     python tests/benchmarks/bench_store.py [--n 2000] [--json FILE]
 
 Shapes: "long" is 4 to 12 turns and 2 000 tokens with ids, log-probs and entropies; "small" is 3 turns and 60 tokens.
+"long, few words" has a vocabulary of 20, the others one of 30 000 by Zipf's law: what full-text search costs.
 Making the records is not timed. CPU time is this process's own; wall time includes waiting for the disk.
 """
 
@@ -84,6 +85,14 @@ def episode(rng: np.random.Generator, key: EpisodeKey, turns: int, tokens: int) 
         key.id, key.group_id, key.task_id, tuple(made), Outcome("completed"), 7,
         env="bench", score={"score": 1.0}, reward=float(rng.random()), success=True,
     )  # fmt: skip
+
+
+def varied(rng: np.random.Generator, size: int = 30_000) -> list[str]:
+    """Words of a vocabulary of `size`, as often as Zipf's law has them: what full-text search has to take."""
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    known = np.array(["".join(rng.choice(letters, int(rng.integers(3, 9)))) for _ in range(size)])
+    share = 1 / np.arange(1, size + 1)
+    return list(known[rng.choice(size, 200_000, p=share / share.sum())])
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -168,7 +177,10 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
+        few = long_writes(folder / "few", asked.n, asked.batch)
+        WORDS[:] = varied(np.random.default_rng(9))
         rows = {
+            "long, few words": few,
             "long": long_writes(folder / "long", asked.n, asked.batch),
             "turn": turns_ahead(folder / "turn", 2000),
             "small_step_256": small_steps(folder / "small", 20),

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+HITS = "SELECT id, attempt FROM search AS s JOIN trajectories AS t ON t.rowid = s.rowid WHERE s.search MATCH ?"
 STORE = Path(__file__).parents[1] / "store"
 sys.path.insert(0, str(STORE))
 import records  # noqa: E402
@@ -38,7 +39,7 @@ def contents(folder: Path, words: list[str]) -> dict[str, object]:
         hits = {
             word: sorted(
                 index.execute(
-                    "SELECT id, attempt FROM search JOIN trajectories USING (rowid) WHERE search MATCH ?",
+                    HITS,
                     (f'"{word}"',),
                 ).fetchall()
             )
@@ -96,7 +97,8 @@ def main() -> None:
             sys.exit("the index that was made again is not the one that was kept")
     sys.stdout.write(
         f"{asked.kills} kills in {time.perf_counter() - begun:.0f} s: {2 * len(steps)} trajectories and "
-        f"{len(turns)} turns acknowledged, 0 lost; {torn} torn tails cut; the index of {count} made again equals the one kept\n"
+        f"{len(turns)} turns acknowledged, 0 lost; {torn} torn tails cut; "
+        f"the index of {count} made again equals the one kept\n"
     )
 
 

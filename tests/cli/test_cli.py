@@ -75,7 +75,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ("trian run.yaml", "there is no command 'trian'; did you mean 'train'?"),
         (
             "zzz",
-            "there is no command 'zzz'; the commands are train, eval, rollout, env, sandbox, engine, config, export, index, doctor",
+            "there is no command 'zzz'; the commands are train, eval, rollout, view, env, sandbox, engine, config, export, index, doctor",
         ),
         ("train", "name a configuration: agentrl train run.yaml [key=value …]"),
         ("train seed=1", "name a configuration: agentrl train run.yaml [key=value …]"),
@@ -146,7 +146,8 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ("rollout run.yaml", 'Command "rollout" parameter --out requires an argument. See agentrl rollout --help'),
         ("rollout run.yaml --out x -n -3", "--tasks must be at least 1, not -3"),
         ("export hf run", 'Command "export hf" parameter OUT requires an argument. See agentrl export --help'),
-        ("export onnx a b", 'Unknown command "onnx". Available commands: hf. See agentrl export --help'),
+        ("export run out", 'Command "export" parameter --format requires an argument. See agentrl export --help'),
+        ("export run out --format html", "run is not a folder; name the folder of a run"),
         ("doctor --config rnu.yaml", "rnu.yaml: no such file; did you mean 'run.yaml'?"),
     ],
 )

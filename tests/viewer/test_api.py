@@ -217,7 +217,7 @@ def test_a_download(client: TestClient, keys: dict[str, str], form: str) -> None
 def test_a_job_is_followed_to_its_end(client: TestClient, keys: dict[str, str], runs: Path) -> None:
     viewer = client.app.app.state.viewer  # type: ignore[attr-defined]
     viewer.replay = lambda run, id, turn, say, out: [
-        "sh", "-c", 'echo one; echo \'{"divergence": null}\'; echo "$0"', f"{out.name} {turn} {say} {id}",
+        "sh", "-c", 'echo one; echo \'{"divergence": null}\'; echo "$0"', f"{out and out.name} {turn} {say} {id}",
     ]  # fmt: skip
     entry = first(client, keys["grpo"], stage="rl")
     body = {"run": keys["grpo"], "id": entry["id"], "mode": "fork", "from_turn": 1, "say": "42; rm -rf / $(x)"}
