@@ -34,6 +34,7 @@ BUSY = (408, 429)  # of the 4xx, those that say: later
 PAUSE_SECONDS = 0.2  # before the second try; each further one waits twice as long
 CONTROL_SECONDS = 10.0  # for a sign of life
 ABORT_SECONDS = 1.0  # that one who goes away waits for the server to hear of it
+DRAIN_SECONDS = 5.0  # that requests have to end when the engine is closed
 OUTAGE_SECONDS = 900.0  # without any server, after which the run fails
 
 
@@ -428,7 +429,15 @@ class RemoteEngine:
             "down": {server.url: why for server, why in self._routes.down.items()},
         }
 
+    async def drain(self, seconds: float) -> bool:
+        """Send nothing more, and let what runs come to its end; False where that takes longer than `seconds`."""
+        self._open.clear()
+        running = [call for calls in self._calls.values() for call in calls]
+        return not (running and (await asyncio.wait(running, timeout=seconds))[1])
+
     async def close(self) -> None:
+        """Servers that were started for the engine end when nothing runs there any more, or after `DRAIN_SECONDS`."""
+        await self.drain(DRAIN_SECONDS)
         await self._sync.close()
         if self.on_close is not None:
             await self.on_close()

@@ -302,6 +302,25 @@ def test_a_server_that_comes_back_while_the_others_sleep_waits_until_they_wake()
     run(2, work)
 
 
+def test_closing_lets_what_runs_come_to_its_end() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        gate = asyncio.Event()
+        servers[0].breaks = gate.wait
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.01)
+        assert not await engine.drain(0.01), "it still runs"
+        late = asyncio.ensure_future(engine.generate(request()))
+        closing = asyncio.ensure_future(engine.close())
+        await asyncio.sleep(0.01)
+        assert "close" not in servers[0].steps and not late.done()
+        gate.set()
+        await closing
+        assert (await asked).finish == "stop" and servers[0].steps[-1] == "close"
+        late.cancel()
+
+    run(1, work)
+
+
 def test_nothing_comes_back_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "OUTAGE_SECONDS", 0.05)
 
