@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import re
 import sys
 import threading
@@ -31,19 +30,16 @@ from agentrl.errors import AgentRLError, UsageError
 from agentrl.store import SORTS, Cursor, Entry, Filter, Sort, StoreReader
 from agentrl.store.export import export_one
 from agentrl.viewer import live, pages, rows
+from agentrl.viewer.answers import Files, Json, refusal
 from agentrl.viewer.explain import explain
 from agentrl.viewer.jobs import Jobs
+from agentrl.viewer.openapi import openapi
 from agentrl.viewer.params import BadRequest, Param, parse
 from agentrl.viewer.runs import Run, Runs
 from agentrl.viewer.search import snippet
 from agentrl.viewer.security import LOOPBACK, Guard
 
 STATIC = Path(__file__).parent / "static"
-_TYPES = {
-    ".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8",
-    ".svg": "image/svg+xml", ".png": "image/png", ".ico": "image/x-icon", ".woff2": "font/woff2",
-    ".json": "application/json", ".webmanifest": "application/manifest+json", ".txt": "text/plain; charset=utf-8",
-}  # fmt: skip
 _IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 BINARY = "application/octet-stream"
 FORMS = ("json", "jsonl", "html")
@@ -369,7 +365,7 @@ def make_app(
 def inner_app(folders: Sequence[Path], *, static: Path = STATIC) -> Starlette:
     """The application without its guard."""
     viewer = Viewer(Runs(folders), Jobs())
-    files = _Files(static)
+    files = Files(static)
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
@@ -383,7 +379,7 @@ def inner_app(folders: Sequence[Path], *, static: Path = STATIC) -> Starlette:
             asked = parse(request.query_params, LIVE.params)
             run = await asyncio.to_thread(viewer.run, asked["run"])
         except BadRequest as error:
-            return _error(error.status, str(error))
+            return refusal(error.status, str(error))
         since = asked["since"]
         if since is None:
             last = request.headers.get("last-event-id", "")
@@ -403,11 +399,11 @@ def inner_app(folders: Sequence[Path], *, static: Path = STATIC) -> Starlette:
             command, out = await asyncio.to_thread(_replay, viewer, body)
             job = await asyncio.to_thread(viewer.jobs.start, command, out=None if out is None else str(out))
         except BadRequest as error:
-            return _error(error.status, str(error))
+            return refusal(error.status, str(error))
         return JSONResponse({"job": job})
 
     async def document(request: Request) -> Response:
-        return JSONResponse(openapi())
+        return JSONResponse(openapi((*VIEWS, LIVE), REPLAY, _REPLAY_BODY))
 
     def page(request: Request) -> Response:
         return files.get(request.url.path)
@@ -429,34 +425,14 @@ def _endpoint(viewer: Viewer, view: View) -> Callable[[Request], Response]:
         try:
             answer = view.call(viewer, parse(request.query_params, view.params))
         except BadRequest as error:
-            return _error(error.status, str(error))
+            return refusal(error.status, str(error))
         except UsageError as error:
-            return _error(400, str(error))
+            return refusal(400, str(error))
         except (AgentRLError, FileNotFoundError) as error:  # the disk's troubles: damaged, or gone meanwhile
-            return _error(409, " ".join(str(error).split()))
+            return refusal(409, " ".join(str(error).split()))
         return answer if isinstance(answer, Response) else Json(answer)
 
     return endpoint
-
-
-class Json(JSONResponse):
-    """JSON in ASCII, so that lone surrogates pass; numbers that JSON lacks become null."""
-
-    def render(self, content: Any) -> bytes:
-        try:
-            return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-        except ValueError:
-            return json.dumps(_finite(content), allow_nan=False, separators=(",", ":")).encode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
 
 
 def _body(data: bytes) -> dict[str, Any]:
@@ -505,10 +481,6 @@ def _credit(reader: StoreReader, entry: Entry, step: int | None) -> Any:
     return found[-1] if found else None
 
 
-def _error(status: int, message: str) -> Response:
-    return JSONResponse({"error": message}, status)
-
-
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     said = {404: "there is nothing here", 405: "this is not how to ask for it"}.get(error.status_code, error.detail)
@@ -516,83 +488,4 @@ async def _http(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
-    return _error(500, f"unexpected {type(error).__name__} (this is a bug; the server's terminal shows where)")
-
-
-class _Files:
-    """The built front end: what stands in the folder is listed, and only what is listed is served."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[str, Path] = {}
-
-    def get(self, path: str) -> Response:
-        name = "/index.html" if path == "/" else path
-        found = self._known.get(name)
-        if found is None or not found.exists():
-            files = self._folder.rglob("*") if self._folder.is_dir() else ()
-            self._known = {f"/{file.relative_to(self._folder).as_posix()}": file for file in files if file.is_file()}
-            found = self._known.get(name)
-        if found is None:
-            if path == "/":
-                return _error(404, "the pages are not built: run npm ci && npm run build in agentrl/viewer/web")
-            return _error(404, "there is nothing here")
-        kind = _TYPES.get(found.suffix, "application/octet-stream")
-        hashed = path.startswith("/assets/")
-        return FileResponse(
-            found, media_type=kind, headers={"cache-control": "max-age=31536000, immutable" if hashed else "no-cache"}
-        )
-
-
-def openapi() -> dict[str, Any]:
-    """The OpenAPI document, from the table of routes."""
-    error = {
-        "description": "one sentence says why",
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
-    }
-    errors = {code: error for code in ("400", "401", "403", "404", "405", "409", "413", "414")}
-    paths: dict[str, Any] = {}
-    for view in (*VIEWS, LIVE):
-        kind = {"application/json": {"type": "object"}}.get(view.media, {})
-        content: dict[str, Any] = {view.media: {"schema": kind} if kind else {}}
-        if view.path == "/api/export":
-            content = {"application/json": {}, "application/jsonl": {}, "text/html": {}}
-        if view.path == "/api/media":
-            content = {"image/png": {}, "image/jpeg": {}, "image/webp": {}, "application/octet-stream": {}}
-        paths[view.path] = {
-            "get": {
-                "summary": view.summary,
-                "parameters": [param.schema() for param in view.params],
-                "responses": {"200": {"description": "found", "content": content}, **errors},
-            }
-        }
-    kinds = {str: {"type": "string"}, int: {"type": "integer"}}
-    properties: dict[str, Any] = {
-        name: kinds[kind] if required else {"anyOf": [kinds[kind], {"type": "null"}]}
-        for name, (kind, required) in _REPLAY_BODY.items()
-    }
-    properties["mode"] = {"type": "string", "enum": ["check", "fork"]}
-    body = {
-        "type": "object",
-        "additionalProperties": False,
-        "required": [name for name, (_, required) in _REPLAY_BODY.items() if required],
-        "properties": properties,
-    }
-    paths[REPLAY.path] = {
-        "post": {
-            "summary": REPLAY.summary,
-            "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
-            "responses": {
-                "200": {"description": "started", "content": {"application/json": {"schema": {"type": "object"}}}},
-                **errors, "415": error, "429": error,
-            },
-        }
-    }  # fmt: skip
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "AgentRL viewer", "version": agentrl.__version__},
-        "paths": paths,
-        "components": {
-            "schemas": {"Error": {"type": "object", "required": ["error"], "properties": {"error": {"type": "string"}}}}
-        },
-    }
+    return refusal(500, f"unexpected {type(error).__name__} (this is a bug; the server's terminal shows where)")

@@ -5,14 +5,19 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
+from agentrl.effect import effect_of
+from agentrl.env import Obs
 from agentrl.store import StoreReader, StoreWriter
 from agentrl.viewer.app import make_app
 from agentrl.viewer.live import Watch
@@ -259,6 +264,36 @@ def test_a_live_run_is_followed(tmp_path: Path, runs: Path) -> None:
             assert page["live"] and page["turns"][0]["text"] == made[2].turns[0].text
         assert watch.look() == []
         run.close()
+
+
+def test_the_stream_of_a_run_over_a_socket(runs: Path) -> None:
+    words = [sys.executable, "-m", "agentrl", "view", str(runs / "grpo"), "--port", "0", "--no-browser"]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        url = child.stdout.readline().split()[4]
+        seen: dict[str, Any] = {}
+        with httpx.stream("GET", f"{url}api/live?run=r0&since=3", timeout=30) as stream:
+            assert stream.headers["content-type"].startswith("text/event-stream")
+            name = ""
+            for line in stream.iter_lines():
+                if line.startswith("event: "):
+                    name = line.removeprefix("event: ")
+                elif line.startswith("data: "):
+                    seen[name] = json.loads(line.removeprefix("data: "))
+                if "status" in seen:
+                    break
+        assert seen["status"] == {"status": "completed"}
+        assert seen["metrics"]["next"] == 3 + len(seen["metrics"]["lines"])
+    finally:
+        child.terminate()
+        assert child.wait(20) is not None
+
+
+def test_a_tool_may_say_how_its_text_is_shown() -> None:
+    assert effect_of(Obs("a|b", hint="table"), "look", 100).hint == "table"
+    wrong = effect_of(Obs("a", hint="html"), "look", 100)  # type: ignore[arg-type]
+    assert wrong.error == "type" and "hint" in str(wrong.content)
 
 
 def test_runs_are_found_below_and_never_entered(tmp_path: Path, runs: Path) -> None:

@@ -11,13 +11,14 @@ export interface Scope {
   bindings: Binding[]
 }
 
-export const scopes = $state<{ list: Scope[] }>({ list: [] })
+/** What is bound now. Plain, not reactive: a page binds while the one before it is being taken down. */
+export const scopes: Scope[] = []
 
 /** Bind keys for as long as the component lives. Keys: `j`, `Shift+ArrowUp`, or two in a row: `g r`. */
 export function bind(title: string, bindings: Binding[]): void {
   const scope = { title, bindings }
-  scopes.list = [...scopes.list, scope]
-  onDestroy(() => (scopes.list = scopes.list.filter((s) => s.title !== title || s.bindings[0]?.keys !== bindings[0]?.keys)))
+  scopes.push(scope)
+  onDestroy(() => void scopes.splice(scopes.indexOf(scope), 1))
 }
 
 let pending = ''
@@ -43,7 +44,7 @@ export function handle(event: KeyboardEvent): void {
   if (document.querySelector('dialog[open]')) return
   const key = named(event)
   const both = pending ? `${pending} ${key}` : ''
-  const all = scopes.list.flatMap((scope) => scope.bindings).reverse()
+  const all = scopes.flatMap((scope) => scope.bindings).reverse()
   const is = (b: Binding, text: string) => b.keys.split(' / ').includes(text)
   const found = (both && all.find((b) => is(b, both))) || all.find((b) => is(b, key))
   window.clearTimeout(timer)
