@@ -15,7 +15,7 @@ const OVER = 900
 
 export class TokenList {
   private chunks: Chunk[]
-  private heights!: Heights
+  private heights = new Heights([])
   private drawn = new Map<number, HTMLElement>()
   private q: Uint8Array
   private shown = new Map<number, string>()
@@ -56,7 +56,9 @@ export class TokenList {
 
   resize(): void {
     const width = this.scroller.clientWidth
-    if (width === this.width) return
+    if (width === this.width || width < 50) return
+    // What stands at the top stays there: lines break anew, so offsets of before mean nothing.
+    const anchor = this.heights.n ? this.heights.at(this.scroller.scrollTop) : 0
     this.width = width
     const probe = document.createElement('span')
     probe.className = 'tk-probe'
@@ -68,7 +70,10 @@ export class TokenList {
     const guesses = this.chunks.map((c) => lines((i) => this.text(i), c.start, c.stop, this.columns) * LINE + (c.head ? PAD : 0))
     this.heights = new Heights(guesses)
     this.clear()
+    this.space.style.height = `${this.heights.total + 24}px`
+    if (anchor) this.scroller.scrollTop = this.heights.top(anchor)
     this.draw()
+    if (this.selected >= 0) this.reveal(this.selected)
   }
 
   private clear(): void {
@@ -186,8 +191,11 @@ export class TokenList {
     if (i < 0 || i >= this.tokens.n) return
     const number = this.chunkOf(i)
     if (!this.drawn.has(number)) {
-      this.scroller.scrollTop = Math.max(0, this.heights.top(number) - this.scroller.clientHeight / 3)
-      this.draw()
+      // Measuring what comes into sight moves what is below it, so look again until it stands still.
+      for (let look = 0; look < 4 && !this.drawn.has(number); look++) {
+        this.scroller.scrollTop = Math.max(0, this.heights.top(number) - this.scroller.clientHeight / 3)
+        this.draw()
+      }
     }
     const node = this.span(i)
     if (!node) return
