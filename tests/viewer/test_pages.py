@@ -7,6 +7,7 @@ to another host fails the test. `AGENTRL_SHOTS=FOLDER` keeps pictures of all pag
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -25,6 +26,7 @@ import pytest
 
 from agentrl.content import Image
 from agentrl.store import RunFolder, StoreWriter
+from agentrl.store.key import EpisodeKey
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the pages' tests need playwright")
 CHROMIUM = "/usr/bin/chromium"
@@ -595,14 +597,23 @@ def test_a_running_run_is_followed(see: Open, folder: Path, gallery: ModuleType)
         page.goto(page.url.split("#")[0] + "#" + at("working", "live"))
         page.reload()
         page.get_by_text("running").first.wait_for()
-        flying = desk.play("rl-0/b", "0", "Say.", [gallery.Step("", "One."), gallery.Step("", "Two.")], score={"answer": 1.0}, success=True)
+        flying = desk.play(
+            "rl-0/b",
+            "0",
+            "Say.",
+            [gallery.Step("", "One."), gallery.Step("", "Two.")],
+            score={"answer": 1.0},
+            success=True,
+        )
         key = EpisodeKey("rl", 0, "train", "b", 0)
         writer.turn(key, 0, flying.turns[0])
         page.locator("[aria-label='In flight'] td a", has_text="rl-0/b/0").wait_for(timeout=10_000)
         open_one = see(at("working", "t", id="rl-0/b/0"))
         assert open_one.get_by_text("in flight").is_visible()
         many = [
-            desk.play("rl-0/c", str(i), "Say.", [gallery.Step("", f"Number {i}.")], score={"answer": 0.0}, success=False)
+            desk.play(
+                "rl-0/c", str(i), "Say.", [gallery.Step("", f"Number {i}.")], score={"answer": 0.0}, success=False
+            )
             for i in range(300)
         ]
         writer.add([flying, *many], step=0, stage="rl")
