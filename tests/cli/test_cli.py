@@ -75,7 +75,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         ("trian run.yaml", "there is no command 'trian'; did you mean 'train'?"),
         (
             "zzz",
-            "there is no command 'zzz'; the commands are train, eval, rollout, env, sandbox, engine, config, export, index, doctor",
+            "there is no command 'zzz'; the commands are train, eval, rollout, replay, env, sandbox, engine, config, export, index, doctor",
         ),
         ("train", "name a configuration: agentrl train run.yaml [key=value …]"),
         ("train seed=1", "name a configuration: agentrl train run.yaml [key=value …]"),
