@@ -110,9 +110,14 @@ class Desk:
             (VersionRun(version, 0, half), VersionRun(version + 1, half, n)) if n > 1 else (VersionRun(version, 0, n),)
         )
         return Span(
-            ids, "assistant", "sampled", logprobs=as_floats(-surprise), entropies=as_floats(entropy), entropy="exact",
+            ids,
+            "assistant",
+            "sampled",
+            logprobs=as_floats(-surprise),
+            entropies=as_floats(entropy),
+            entropy="exact",
             versions=runs,
-        )  # fmt: skip
+        )
 
     def prompt(self, question: str) -> Context:
         spans = [
@@ -141,9 +146,17 @@ class Desk:
         )
         observation = "\n".join(use.result.text for use in tools)
         turn = Turn(
-            context, (output,), text, step.say, Sampling(max_tokens=4096), "length" if step.cut else "stop", tools=tools,
-            observation=observation, seconds=step.seconds, cost=0.0,
-        )  # fmt: skip
+            context,
+            (output,),
+            text,
+            step.say,
+            Sampling(max_tokens=4096),
+            "length" if step.cut else "stop",
+            tools=tools,
+            observation=observation,
+            seconds=step.seconds,
+            cost=0.0,
+        )
         after = [*context, output[:]]
         if tools:
             short = observation[:20_000].encode("utf-8", "replace").decode()
@@ -177,9 +190,18 @@ class Desk:
         values = [value for value in score.values()]
         reward = None if any(v is None for v in values) else float(sum(v or 0.0 for v in values))
         return Trajectory(
-            f"{group}/{sample}", group, group.split("/", 1)[1], tuple(turns), outcome or Outcome("completed"), 4711,
-            env="a3f19c2e77d1", fork=fork, score=dict(score), reward=reward, success=success,
-        )  # fmt: skip
+            f"{group}/{sample}",
+            group,
+            group.split("/", 1)[1],
+            tuple(turns),
+            outcome or Outcome("completed"),
+            4711,
+            env="a3f19c2e77d1",
+            fork=fork,
+            score=dict(score),
+            reward=reward,
+            success=success,
+        )
 
 
 def ok(text: str, seconds: float = 0.2, cost: float = 1.0, **more: Any) -> ToolResult:
@@ -197,9 +219,10 @@ TABLE = (
 )
 REFUNDS = '{"1042": 31.0, "1047": 0.0, "1051": 236.0, "1060": 45.5}'
 THINK = (
-    "The question asks for refunds on orders that shipped late in March. I need the late orders first, then the refund of"
-    " each. An order promised in March and delivered in April is late, too, so 1060 counts. The refunds are per order; a"
-    " sum over four numbers I could do by hand, but a slip there costs the whole reward, so I let Python add them up."
+    "The question asks for refunds on orders that shipped late in March. I need the late orders first, then the refund"
+    " of each. An order promised in March and delivered in April is late, too, so 1060 counts. The refunds are per"
+    " order; a sum over four numbers I could do by hand, but a slip there costs the whole reward, so I let Python add"
+    " them up."
 )
 QUESTION = "Which orders of March 2026 came late, and how much did we refund for them in all? Answer with one number."
 
@@ -278,15 +301,32 @@ def siblings(desk: Desk) -> Group:
         outcome=Outcome("truncated", "tokens", "the turn's 4096 tokens were used up while thinking"),
     )
     branch = [
-        play("0.1", [Step("By hand then: 267 + 45.5.", "The refunds come to 312.5.", seconds=0.5)], 1.0, 0.1, parent=first, at=2),
+        play(
+            "0.1",
+            [Step("By hand then: 267 + 45.5.", "The refunds come to 312.5.", seconds=0.5)],
+            1.0,
+            0.1,
+            parent=first,
+            at=2,
+        ),
         play("0.2", [Step("", "The refunds come to 312.", seconds=0.4)], 0.0, 0.1, parent=first, at=3),
         play(
             "0.3",
-            [Step("Only the big one matters.", "", [("refunds", {"orders": [1051]}, ok('{"1051": 236.0}', hint="json"))], 0.9),
-             Step("", "The refunds come to 236.", seconds=0.3)],
-            0.0, 0.1, parent=first, at=1,
+            [
+                Step(
+                    "Only the big one matters.",
+                    "",
+                    [("refunds", {"orders": [1051]}, ok('{"1051": 236.0}', hint="json"))],
+                    0.9,
+                ),
+                Step("", "The refunds come to 236.", seconds=0.3),
+            ],
+            0.0,
+            0.1,
+            parent=first,
+            at=1,
         ),
-    ]  # fmt: skip
+    ]
     return credited(desk, g, [first, second, third, fourth, fifth, *branch], 12)
 
 
@@ -366,15 +406,25 @@ def screen_one(desk: Desk, images: Sequence[Image], clicks: Sequence[tuple[int, 
 
 def board_one(desk: Desk) -> Trajectory:
     board = "# # # # #\n# @ . . #\n# . $ . #\n# . . o #\n# # # # #"
-    change = "--- a/pick.py\n+++ b/pick.py\n@@ -1,2 +1,2 @@\n def pick(items):\n-    return items[0]\n+    return max(items)\n"
+    change = (
+        "--- a/pick.py\n+++ b/pick.py\n@@ -1,2 +1,2 @@\n def pick(items):\n"
+        "-    return items[0]\n+    return max(items)\n"
+    )
     script = [
         Step("", "I push the box.", [("move", {"to": "down"}, ok(board, hint="board"))]),
         Step("", "", [("patch", {"file": "pick.py"}, ok(change, hint="diff"))]),
         Step("", "", [("show", {}, ok("| a | b |\n|---|---|\n| 1 | two |", hint="table"))]),
         Step("", "Done."),
     ]
-    return desk.play("rl-12/board-0001", "0", "Push the box.", script, score={"answer": None}, success=None,
-                     outcome=Outcome("failed", "infra", "the sandbox did not answer within 30 s, three times"))  # fmt: skip
+    return desk.play(
+        "rl-12/board-0001",
+        "0",
+        "Push the box.",
+        script,
+        score={"answer": None},
+        success=None,
+        outcome=Outcome("failed", "infra", "the sandbox did not answer within 30 s, three times"),
+    )
 
 
 def metrics(steps: int = 60, seed: int = 3) -> list[dict[str, Any]]:
@@ -385,25 +435,48 @@ def metrics(steps: int = 60, seed: int = 3) -> list[dict[str, Any]]:
         success = float(np.clip(0.12 + 0.78 * grown + rng.normal(0, 0.035), 0, 1))
         lines.append(
             {
-                "stage": "rl", "step": step, "time": 1795258702.0 + 21 * step, "reward": success + 0.08 - 0.02 * grown,
-                "success": success, "reward_std": 0.42 - 0.25 * grown + float(rng.normal(0, 0.02)),
-                "tool_calls": 4.1 - 1.3 * grown + float(rng.normal(0, 0.12)), "tool_cost": 5.2 - 1.9 * grown + float(rng.normal(0, 0.15)),
-                "tokens": 420 + 260 * grown + float(rng.normal(0, 18)), "turns": 3.4 + 0.5 * grown + float(rng.normal(0, 0.08)),
-                "tool_errors": 0.5 - 0.42 * grown + abs(float(rng.normal(0, 0.02))), "parse_errors": 0.2 - 0.18 * grown + abs(float(rng.normal(0, 0.01))),
-                "entropy": 0.9 - 0.5 * grown + float(rng.normal(0, 0.02)), "approx_kl": 4e-4 + abs(float(rng.normal(0, 2e-4))),
-                "clip_fraction": 0.012 + abs(float(rng.normal(0, 0.005))), "ratio": 1 + float(rng.normal(0, 6e-4)),
-                "grad_norm": 0.6 + abs(float(rng.normal(0, 0.12))), "loss": float(rng.normal(0, 0.02)), "lr": 1e-6 * min(1, step / 8),
-                "gap/mean_abs": 2.1e-3 + abs(float(rng.normal(0, 2e-4))), "gap/max_abs": 0.11 + abs(float(rng.normal(0, 0.02))),
-                "gap/kl": 3e-5 + abs(float(rng.normal(0, 5e-6))), "time/rollout": 13 + float(rng.normal(0, 0.8)),
-                "time/update": 6.2 + float(rng.normal(0, 0.2)), "time/store": 0.05, "speed/episodes_s": 4.6 + float(rng.normal(0, 0.3)),
-                "speed/engine_output_tokens": 4e4 + float(rng.normal(0, 2e3)), "speed/engine_prompt_tokens": 9e4 + float(rng.normal(0, 4e3)),
+                "stage": "rl",
+                "step": step,
+                "time": 1795258702.0 + 21 * step,
+                "reward": success + 0.08 - 0.02 * grown,
+                "success": success,
+                "reward_std": 0.42 - 0.25 * grown + float(rng.normal(0, 0.02)),
+                "tool_calls": 4.1 - 1.3 * grown + float(rng.normal(0, 0.12)),
+                "tool_cost": 5.2 - 1.9 * grown + float(rng.normal(0, 0.15)),
+                "tokens": 420 + 260 * grown + float(rng.normal(0, 18)),
+                "turns": 3.4 + 0.5 * grown + float(rng.normal(0, 0.08)),
+                "tool_errors": 0.5 - 0.42 * grown + abs(float(rng.normal(0, 0.02))),
+                "parse_errors": 0.2 - 0.18 * grown + abs(float(rng.normal(0, 0.01))),
+                "entropy": 0.9 - 0.5 * grown + float(rng.normal(0, 0.02)),
+                "approx_kl": 4e-4 + abs(float(rng.normal(0, 2e-4))),
+                "clip_fraction": 0.012 + abs(float(rng.normal(0, 0.005))),
+                "ratio": 1 + float(rng.normal(0, 6e-4)),
+                "grad_norm": 0.6 + abs(float(rng.normal(0, 0.12))),
+                "loss": float(rng.normal(0, 0.02)),
+                "lr": 1e-6 * min(1, step / 8),
+                "gap/mean_abs": 2.1e-3 + abs(float(rng.normal(0, 2e-4))),
+                "gap/max_abs": 0.11 + abs(float(rng.normal(0, 0.02))),
+                "gap/kl": 3e-5 + abs(float(rng.normal(0, 5e-6))),
+                "time/rollout": 13 + float(rng.normal(0, 0.8)),
+                "time/update": 6.2 + float(rng.normal(0, 0.2)),
+                "time/store": 0.05,
+                "speed/episodes_s": 4.6 + float(rng.normal(0, 0.3)),
+                "speed/engine_output_tokens": 4e4 + float(rng.normal(0, 2e3)),
+                "speed/engine_prompt_tokens": 9e4 + float(rng.normal(0, 4e3)),
                 "train_tokens": 3.6e4 + float(rng.normal(0, 1.5e3)),
             }
-        )  # fmt: skip
+        )
         if step % 10 == 0:
             for name, more in (("sampled", 0.0), ("greedy", 0.03)):
-                lines.append({"stage": "rl-eval", "step": step, "time": 1795258702.0 + 21 * step,
-                              f"eval/{name}/success": min(1.0, success + more), f"eval/{name}/mean_reward": success + more})  # fmt: skip
+                lines.append(
+                    {
+                        "stage": "rl-eval",
+                        "step": step,
+                        "time": 1795258702.0 + 21 * step,
+                        f"eval/{name}/success": min(1.0, success + more),
+                        f"eval/{name}/mean_reward": success + more,
+                    }
+                )
     return lines
 
 
@@ -424,8 +497,15 @@ def make(out: Path, images: Sequence[Image], clicks: Sequence[tuple[int, int]], 
                 for number in range(60):
                     g = f"rl-{step}/orders-{number // 6:04d}"
                     right = float(desk.rng.random() < 0.3 + 0.2 * step)
-                    script = [Step("", "I look.", [("search_orders", {"month": f"2026-{number % 12 + 1:02d}"}, ok(TABLE, hint="table"))],
-                                   float(desk.rng.gamma(2, 0.5))), Step("", f"It is {number}.", seconds=0.3)]  # fmt: skip
+                    script = [
+                        Step(
+                            "",
+                            "I look.",
+                            [("search_orders", {"month": f"2026-{number % 12 + 1:02d}"}, ok(TABLE, hint="table"))],
+                            float(desk.rng.gamma(2, 0.5)),
+                        ),
+                        Step("", f"It is {number}.", seconds=0.3),
+                    ]
                     many.append(
                         desk.play(g, str(number % 6), QUESTION, script, score={"answer": right}, success=right == 1)
                     )
@@ -434,12 +514,31 @@ def make(out: Path, images: Sequence[Image], clicks: Sequence[tuple[int, int]], 
             writer.credit(group, step=12)
             writer.credit(credited(desk, others[0].group_id, others[:1], 12), step=12)
         summary = {
-            "status": "completed", "wall_s": 1267.0, "steps": 60, "throughput": {"gen_tok_s": 3050.0, "train_tok_s": 5800.0, "episodes_s": 4.6},
-            "eval": [{"stage": "rl", "step": s, "decode": d, "n": 512, "success": v, "ci95": [v - 0.026, v + 0.026], "mean_reward": v + 0.06,
-                      "tool_calls": c, "tokens": t}
-                     for s, d, v, c, t in ((30, "sampled", 0.701, 3.1, 602.0), (30, "greedy", 0.744, 3.0, 588.0), (60, "sampled", 0.893, 2.8, 668.0), (60, "greedy", 0.914, 2.7, 655.0))],
+            "status": "completed",
+            "wall_s": 1267.0,
+            "steps": 60,
+            "throughput": {"gen_tok_s": 3050.0, "train_tok_s": 5800.0, "episodes_s": 4.6},
+            "eval": [
+                {
+                    "stage": "rl",
+                    "step": s,
+                    "decode": d,
+                    "n": 512,
+                    "success": v,
+                    "ci95": [v - 0.026, v + 0.026],
+                    "mean_reward": v + 0.06,
+                    "tool_calls": c,
+                    "tokens": t,
+                }
+                for s, d, v, c, t in (
+                    (30, "sampled", 0.701, 3.1, 602.0),
+                    (30, "greedy", 0.744, 3.0, 588.0),
+                    (60, "sampled", 0.893, 2.8, 668.0),
+                    (60, "greedy", 0.914, 2.7, 655.0),
+                )
+            ],
             "versions": {"torch": "2.13.0", "agentrl-framework": "0.1.0"},
-        }  # fmt: skip
+        }
         (path / "summary.json").write_text(json.dumps(summary))
     return path
 
