@@ -59,7 +59,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 $(VENV)/.quickstart: $(VENV)/.torch pyproject.toml
 	@echo "installing agentrl"
 	@$(PIP) hatchling editables
-	@$(PIP) --no-build-isolation --editable ".[plot]"
+	@$(PIP) --no-build-isolation --editable ".[plot,viewer]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml

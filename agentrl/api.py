@@ -94,6 +94,7 @@ def _draw(run: Path, reporter: Reporter) -> None:
 def next_commands(path: Path) -> list[str]:
     """What a person does after a run."""
     return [
+        f"agentrl view {path}",
         f"agentrl eval {path}",
         f"agentrl export hf {path} {path}/model",
         "agentrl env new my_env",
