@@ -174,6 +174,28 @@ def ids_of(slices: Sequence[SpanSlice]) -> Ids:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a picture stands in a context: its placeholders are ids [start, stop); `sha256` names it."""
+
+    start: int
+    stop: int
+    sha256: str
+
+
+def places_of(slices: Sequence[SpanSlice]) -> tuple[Place, ...]:
+    """The pictures of a context in order. Raises `RecordError` where a slice holds a part of one."""
+    places: list[Place] = []
+    at = 0
+    for piece in slices:
+        if piece.span.images and len(piece):
+            if len(piece.span.images) > 1 or len(piece) != len(piece.span):
+                raise RecordError("a picture stands in a context whole, in a span of its own, or not at all")
+            places.append(Place(at, at + len(piece), piece.span.images[0]))
+        at += len(piece)
+    return tuple(places)
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How one turn was sampled. `temperature` 0 is greedy; log-probs are then of temperature 1."""
 

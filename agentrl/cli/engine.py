@@ -169,7 +169,7 @@ def check(
     async def run() -> int:
         policy = Policy.from_folder(model)
         policy.base.train(False)
-        vocab = int(policy.base.config.vocab_size)
+        vocab = policy.vocab_size
         engine = await _connect(kind, url, vocab, sync_folder)
         try:
             await engine.update_weights(policy.weights(), 0)

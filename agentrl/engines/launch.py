@@ -25,6 +25,7 @@ from typing import Literal
 import httpx
 
 from agentrl.errors import InfraError, UsageError
+from agentrl.pictures import sees
 
 Kind = Literal["sglang", "vllm"]
 Device = Literal["cpu", "cuda"]
@@ -98,6 +99,8 @@ def _sglang(launch: Launch) -> Sequence[str]:
     words = ["-m", "sglang.launch_server", "--model-path", str(launch.model), "--host", LOOPBACK]
     words += ["--port", str(launch.port), "--dtype", launch.dtype, "--random-seed", str(launch.seed)]
     words += ["--skip-server-warmup", "--sleep-on-idle"]
+    if sees(launch.model):
+        words += ["--image-processor-backend", "pil"]  # the trainer's: the other one resizes a little differently
     if launch.lora_rank:
         words += ["--enable-lora", "--max-lora-rank", str(launch.lora_rank), "--max-loras-per-batch", str(ADAPTERS)]
         words += ["--lora-target-modules", *launch.lora_targets]

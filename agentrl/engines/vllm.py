@@ -14,7 +14,7 @@ from typing import Any
 from agentrl.chaos import Chaos
 from agentrl.engines import Generation, InFlight, Request
 from agentrl.engines.http import Http, Refused, unlike
-from agentrl.engines.servers import Adapters, ServerInfo, entropy_of, labelled, logprobs_of, runs_of
+from agentrl.engines.servers import Adapters, ServerInfo, check_seen, entropy_of, labelled, logprobs_of, runs_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
 
@@ -76,11 +76,18 @@ class VLLMServer:
             longest,
             truncation=False,
             cache_block=int(block[1]) if block else 16,
+            images=await self._sees(),
         )
 
+    async def _sees(self) -> bool:
+        """Whether the model takes pictures. A server that does not tell counts as one of text."""
+        try:
+            about = await self._http.get("/server_info?config_format=json")
+            return about["vllm_config"]["model_config"]["multimodal_config"] is not None
+        except (Refused, KeyError, TypeError):
+            return False
+
     async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
-        if request.images:
-            raise UsageError("pictures go to the vLLM server as features, which is not built; use the sglang engine")
         if request.sampling.top_p < 1 or request.sampling.top_k:
             raise UsageError(
                 "vLLM gives log-probs after top-k and top-p, not those of the whole softmax: set top_p: 1 and top_k: 0 "
@@ -91,13 +98,18 @@ class VLLMServer:
             "token_ids": request.ids.tolist(),
             "sampling_params": _sampling(request.sampling, max_tokens, self._top),
         }
+        if request.images:
+            body["token_ids"] = request.folded
+            body["content_parts"] = [{"type": "image_url", "url": image.data_url} for image in request.images]
+            body["return_token_ids"] = True
         if self._cache:
             body["cache_salt"] = self._cache
         with self._adapters.held() as adapter:
             body["model"] = adapter[0] if adapter else self._model
-            return labelled(
-                self._generation(await self._http.post("/inference/v1/generate", body, seconds=None)), adapter
-            )
+            reply = await self._http.post("/inference/v1/generate", body, seconds=None)
+        if request.images and isinstance(reply, dict):
+            check_seen(request, reply.get("prompt_token_ids"), self.name)
+        return labelled(self._generation(reply), adapter)
 
     async def score(self, ids: Ids, start: int) -> Floats:
         if ids.size == start:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from agentrl.errors import UsageError
+from agentrl.pictures import Pictures, sees
 from agentrl.train.forward import Network
 from agentrl.train.lora import add_adapters, deltas, merged
 from agentrl.train.options import Dtype, LoraOptions
@@ -27,7 +28,8 @@ from agentrl.trajectory import Ids
 class Policy:
     """`model` is the plain model, or peft's wrapper around it; `base` always the architecture itself.
 
-    `version` counts weight updates handed to the engine; `path` is the folder it came from, if any.
+    `version` counts weight updates handed to the engine; `path` is the folder it came from, if any; `pictures` is what
+    a model that sees makes of pictures.
     The model stays in evaluation mode: nothing is random but LoRA's dropout, where gradients flow.
     """
 
@@ -38,9 +40,11 @@ class Policy:
         *,
         lora: LoraOptions | None = None,
         path: str | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.path = path
+        self.pictures = pictures
         self.version = 0
         self.base = model
         self.model: nn.Module = model if lora is None else add_adapters(model, lora)
@@ -66,7 +70,8 @@ class Policy:
         folder = Path(path).expanduser()
         tokenizer = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, ids=len(tokenizer))
-        return cls(_on(device, model), tokenizer, lora=lora, path=str(folder.resolve()))
+        pictures = Pictures(folder.resolve(), tokenizer) if sees(folder) else None
+        return cls(_on(device, model), tokenizer, lora=lora, path=str(folder.resolve()), pictures=pictures)
 
     @classmethod
     def scratch(
@@ -81,6 +86,11 @@ class Policy:
         special ids are the tokenizer's. Equal seeds give equal weights. Raises `UsageError` for an
         unknown type or key."""
         return cls(_on(device, random_model(arch, tokenizer, seed=seed)), tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this are the model's."""
+        return int(self.base.config.get_text_config().vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -164,6 +174,8 @@ class Policy:
             else:
                 self.model.save_pretrained(str(folder))  # type: ignore[operator]
         self.tokenizer.save_pretrained(str(folder))
+        if self.pictures is not None:
+            self.pictures.save(Path(folder))
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and persistent buffers, each once."""

@@ -28,7 +28,7 @@ class Probe:
     """
 
     def __init__(self, policy: Policy, engine: Engine, *, exact: bool, tolerance: float | None = None) -> None:
-        vocab, most = int(policy.base.config.vocab_size), engine.capabilities.max_context or IDS
+        vocab, most = policy.vocab_size, engine.capabilities.max_context or IDS
         self._policy = policy
         self._engine = engine
         self._ids = as_ids(np.random.Generator(np.random.Philox(0)).integers(0, vocab, min(IDS, most)))
