@@ -40,8 +40,9 @@ def sees(folder: Path) -> bool:
 class Pictures:
     """What a model folder says of pictures. Immutable; shared by all episodes.
 
-    `pad` is the placeholder's token as text, `reserved` those that only the chat layer may write. Raises `UsageError`
-    for a folder without a processor of pictures, or without Pillow.
+    `pad` is the placeholder's token as text, `reserved` those that only the chat layer may write, `around` the ids
+    before and behind the placeholders of one picture. Raises `UsageError` for a folder without a processor of pictures,
+    or without Pillow.
     """
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
@@ -63,8 +64,14 @@ class Pictures:
             ) from error
         config = json.loads((folder / "config.json").read_text("utf-8"))
         self.pad_id = int(config["image_token_id"])
+        self.around = (int(config["vision_start_token_id"]), int(config["vision_end_token_id"]))
         self.reserved_ids = (self.pad_id, int(config["video_token_id"]))
         self.pad, *_ = self.reserved = tuple(str(tokenizer.convert_ids_to_tokens(i)) for i in self.reserved_ids)
+
+    @property
+    def factor(self) -> int:
+        """Sides that are multiples of this many pixels, and not too small or large, need no resizing."""
+        return int(self._processor.patch_size) * int(self._processor.merge_size)
 
     def tokens(self, image: Image) -> int:
         """How many placeholders stand for a picture. Raises `EnvError` for one that cannot be read."""
@@ -75,11 +82,24 @@ class Pictures:
             raise EnvError(f"the model takes no picture of {width} x {height} pixels: {error}") from error
         return patches // int(self._processor.merge_size) ** 2
 
-    def inputs(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
-        """What a forward pass takes for `images` in order: `pixel_values` [patches, numbers of one] and
-        `image_grid_thw` [len(images), 3], the patches of each in time, down and across."""
+    def inputs(self, images: Sequence[Image], places: Sequence[tuple[int, int]], n: int) -> dict[str, torch.Tensor]:
+        """What the model's forward pass takes beside `n` ids whose [start, stop) in `places` stand for `images`:
+        `pixel_values` [patches, numbers of one], `image_grid_thw` [len(images), 3] (the patches of each in time, down
+        and across), and `mm_token_type_ids` [1, n], 1 at the placeholders, from which positions follow. Nothing
+        where there are no pictures."""
+        import torch
+
+        if not images:
+            return {}
         found = self._processor([_opened(image).convert("RGB") for image in images], return_tensors="pt")
-        return {"pixel_values": found["pixel_values"], "image_grid_thw": found["image_grid_thw"]}
+        types = torch.zeros(1, n, dtype=torch.int32)
+        for start, stop in places:
+            types[0, start:stop] = 1
+        return {
+            "pixel_values": found["pixel_values"],
+            "image_grid_thw": found["image_grid_thw"],
+            "mm_token_type_ids": types,
+        }
 
     def save(self, folder: Path) -> None:
         """Write the processor's files beside a model's."""

@@ -173,7 +173,7 @@ def check(
         engine = await _connect(kind, url, vocab, sync_folder)
         try:
             await engine.update_weights(policy.weights(), 0)
-            findings = await examine(Exam.of(engine, policy.base, vocab, tolerance), report)
+            findings = await examine(Exam.of(engine, policy.base, vocab, tolerance, policy.pictures), report)
         finally:
             await engine.close()
         return int(not all(finding.passed for finding in findings))

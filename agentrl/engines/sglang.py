@@ -58,8 +58,7 @@ class SGLangServer:
             version, served = str(about["version"]), models["data"][0]
             # A prompt may be some tokens shorter than the context only; what fits both is what we may use.
             longest = min(int(served["max_model_len"]), int(about["max_req_input_len"]) + 1)
-            sees = bool((await self._http.get("/model_info")).get("has_image_understanding"))
-            found = ServerInfo("sglang", version, str(about["model_path"]), longest, images=sees)
+            found = ServerInfo("sglang", version, str(about["model_path"]), longest, images=await self._sees())
         except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
             sentence = (
                 f"what answers at {self.url} is no SGLang server, or one without /server_info; this needs "
@@ -73,6 +72,13 @@ class SGLangServer:
                 f"{'.'.join(map(str, OLDEST))} or newer"
             )
         return found
+
+    async def _sees(self) -> bool:
+        """Whether the model takes pictures. A server that does not tell counts as one of text."""
+        try:
+            return (await self._http.get("/model_info"))["has_image_understanding"] is True
+        except (Refused, KeyError, TypeError):
+            return False
 
     async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
         body: dict[str, Any] = {

@@ -123,6 +123,7 @@ def write_vision_model(folder: Path, seed: int = 0, context: int = 1024) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor = {
