@@ -69,16 +69,19 @@ def vision_template() -> str:
     return PARTS + spoken.replace("messages[0].content if", "content(messages[0].content) if")
 
 
-def write_vision_model(folder: Path, seed: int = 0, context: int = 1024) -> None:
+def write_vision_model(folder: Path, seed: int = 0, context: int = 1024, *, eager: bool = False) -> None:
     """A Qwen3-VL with random weights and all files that servers want of it: nothing is downloaded.
 
-    Pictures are cut into patches of 8 pixels, four of which make one token; bytes are its words.
+    Pictures are cut into patches of 8 pixels, four of which make one token; bytes are its words. `eager`: every sixth
+    id ends a turn, so that a policy of noise takes turns.
     """
     tokenizer = bootstrap_tokenizer(ScratchTokenizer())
     tokenizer.add_special_tokens({"additional_special_tokens": list(PICTURE_TOKENS)})
+    n = len(tokenizer)
+    words = 64 * -(-n // 64)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<|end_{i}|>" for i in range(n, words)]})
     tokenizer.chat_template = vision_template()
     start, end, image, video = tokenizer.convert_tokens_to_ids(list(PICTURE_TOKENS))
-    words = 64 * -(-len(tokenizer) // 64)
     text = dict(
         vocab_size=words,
         hidden_size=64,
@@ -123,7 +126,8 @@ def write_vision_model(folder: Path, seed: int = 0, context: int = 1024) -> None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen3VLForConditionalGeneration(config)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    ends = range(n, words) if eager else ()
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *ends]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor = {
