@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from agentrl.content import Image
 from agentrl.errors import EnvError, UsageError
 
@@ -106,6 +108,16 @@ class Pictures:
         for name in PROCESSOR_FILES:
             if (self.folder / name).is_file() and self.folder.resolve() != folder.resolve():
                 shutil.copyfile(self.folder / name, folder / name)
+
+
+def painted(rng: np.random.Generator, height: int, width: int) -> Image:
+    """A picture whose colours change smoothly from corner to corner."""
+    import PIL.Image
+
+    corners = PIL.Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+    sink = io.BytesIO()
+    corners.resize((width, height), PIL.Image.Resampling.BILINEAR).save(sink, "PNG")
+    return Image(sink.getvalue())
 
 
 def _opened(image: Image) -> Any:

@@ -86,6 +86,8 @@ class Launch:
                 paths.append(SHIMS / "sglang_cpu")
             else:
                 added |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bound}
+        if self.kind == "sglang" and sees(self.model):
+            added["SGLANG_VLM_CACHE_SIZE_MB"] = "0"  # what it keeps of a picture outlives the weights that made it
         if self.kind == "vllm":
             added |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
             added |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.lora_rank else {}

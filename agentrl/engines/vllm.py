@@ -35,6 +35,7 @@ class VLLMServer:
         self._http = Http(url, "the vLLM server", api_key, chaos)
         self._top = top_logprobs
         self._model = ""
+        self._eyes = False
         self._adapters = Adapters()
         self._keeps = False  # paused in place: running requests keep their keys and values
         self._cache = ""  # tells what is cached now from what older weights left there
@@ -68,6 +69,7 @@ class VLLMServer:
             except Refused as refused:
                 sentence = f"the vLLM server at {self.url} ({version}) has no {path}: it needs {needs}"
                 raise unlike(refused, self.url, sentence) from refused
+        self._eyes = await self._sees()
         block = re.search(r'vllm:cache_config_info\{.*?\bblock_size="(\d+)"', await self._http.text("/metrics"))
         return ServerInfo(
             "vllm",
@@ -76,7 +78,7 @@ class VLLMServer:
             longest,
             truncation=False,
             cache_block=int(block[1]) if block else 16,
-            images=await self._sees(),
+            images=self._eyes,
         )
 
     async def _sees(self) -> bool:
@@ -153,6 +155,8 @@ class VLLMServer:
         self._cache = secrets.token_hex(8) if self._keeps else ""
         if not self._keeps:
             await self._http.post("/reset_prefix_cache")
+        if self._eyes:
+            await self._http.post("/reset_encoder_cache")  # what older weights saw in pictures
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         try:

@@ -153,6 +153,11 @@ def _local(config: Config, policy: Policy, options: LocalOptions, chaos: Chaos |
 async def _served(
     config: Config, policy: Policy, options: ServerOptions, folder: Path | None, tell: Tell, chaos: Chaos | None
 ) -> RemoteEngine:
+    if policy.pictures is not None and options.sync == "adapter":
+        raise UsageError(
+            "adapters of a model that takes pictures cannot be sent apart: set engine.sync to disk, which sends them merged",
+            where="engine.sync",
+        )
     place = _place(folder)
     posts: list[Post] = []
     engine: RemoteEngine | None = None

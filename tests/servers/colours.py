@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
+from collections.abc import Generator, Iterable, Mapping
 
 import numpy as np
 
-from agentrl import Env, Episode, Image, Obs, Task, tool
+from agentrl import Env, Episode, Image, Obs, Say, Score, Task, tool
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230), "white": (250, 250, 250)}
 
@@ -31,6 +31,8 @@ class Colours(Env):
     """Name the colour of the square. Answer with one word."""
 
     max_turns = 3
+    reward_range = (0.0, 1.5)
+    reward_weights: Mapping[str, float] = {"right": 1.0, "plain": 0.5}  # noise differs in something too
 
     def tasks(self, split: str, seed: int) -> Iterable[Task]:
         for n in range(10_000):
@@ -58,5 +60,10 @@ class Colours(Env):
         self.answer = str(self.rng.choice(list(COLOURS)))
         return Obs(("No. And this one? ", square(COLOURS[self.answer], 48, 32)))
 
-    def score(self, episode: Episode) -> float:
-        return float(episode.final_text.strip().lower() == self.answer)
+    def demonstrate(self, task: Task, rng: np.random.Generator) -> Generator[Say, Obs, None]:
+        yield Say(self.answer)
+
+    def score(self, episode: Episode) -> Score:
+        said = episode.final_text.strip().lower()
+        plain = sum(letter.isascii() for letter in said) / max(len(said), 1)
+        return Score({"right": float(said == self.answer), "plain": plain}, said == self.answer)
