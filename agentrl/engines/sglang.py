@@ -96,9 +96,10 @@ class SGLangServer:
             body["return_prompt_token_ids"] = True  # where it cannot place a picture it tokenises the text anew
         with self._adapters.held() as adapter:
             reply = await self._http.post("/generate", self._for(body, adapter), seconds=None)
-        if request.images and isinstance(reply, dict):
+        made = self._generation(reply)
+        if request.images and made.finish != "abort":  # one that waited when it ended was never read
             check_seen(request, reply.get("prompt_token_ids"), self.name)
-        return labelled(self._generation(reply), adapter)
+        return labelled(made, adapter)
 
     async def score(self, ids: Ids, start: int) -> Floats:
         body: dict[str, Any] = {

@@ -109,9 +109,10 @@ class VLLMServer:
         with self._adapters.held() as adapter:
             body["model"] = adapter[0] if adapter else self._model
             reply = await self._http.post("/inference/v1/generate", body, seconds=None)
-        if request.images and isinstance(reply, dict):
+        made = self._generation(reply)
+        if request.images and made.finish != "abort":  # one that waited when it ended was never read
             check_seen(request, reply.get("prompt_token_ids"), self.name)
-        return labelled(self._generation(reply), adapter)
+        return labelled(made, adapter)
 
     async def score(self, ids: Ids, start: int) -> Floats:
         if ids.size == start:

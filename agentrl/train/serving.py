@@ -155,7 +155,7 @@ async def _served(
 ) -> RemoteEngine:
     if policy.pictures is not None and options.sync == "adapter":
         raise UsageError(
-            "adapters of a model that takes pictures cannot be sent apart: set engine.sync to disk, which sends them merged",
+            "adapters of a model that takes pictures cannot be sent apart: set engine.sync to disk, which merges them",
             where="engine.sync",
         )
     place = _place(folder)
