@@ -129,9 +129,7 @@ def test_a_server_must_read_the_ids_of_the_record(made: Any, path: str, good: An
         return ask(made(url), lambda server: server.generate(PICTURED, "r", 4))
 
     assert reply(prompt_token_ids=[1, 9, 9, 9, 2]).ids.size
-    with pytest.raises(
-        UsageError, match=r"read 4 ids where the record has 5, or others, for a context with 1 pictures"
-    ):
+    with pytest.raises(UsageError, match="read 4 ids where the record has 5, or others, for a context with 1"):
         reply(prompt_token_ids=[1, 9, 9, 2])
     with pytest.raises(UsageError, match="too old for vision models"):
         reply()
