@@ -69,7 +69,7 @@ class Probe:
             raise RunFailed(
                 f"after weights {self._policy.version}, log-probs behind a picture by {where} are {gap:.2g} nats from "
                 f"the trainer's on average, more than {self.tolerance:g}: it goes on with what older weights saw "
-                "in the picture, or resizes otherwise. Start SGLang with SGLANG_VLM_CACHE_SIZE_MB=0 and "
+                "in the picture, or resizes otherwise. SGLang needs SGLANG_VLM_CACHE_SIZE_MB=0 and "
                 "--image-processor-backend pil, as agentrl engine serve does"
             )
         return gap
