@@ -5,8 +5,8 @@ as often as the model's own processor repeats it. That count follows from the pi
 exactly the ids that the model reads, and servers, which repeat the placeholder themselves, are sent it once a picture
 (`Request.folded`) and must come to the same ids.
 
-Families whose processor cuts pictures into a grid of patches: Qwen2-VL (arXiv 2409.12191), Qwen2.5-VL (2502.13923) and
-Qwen3-VL (2511.21631).
+The family is Qwen3-VL (arXiv 2511.21631), whose processor cuts pictures into a grid of patches. Its elders do that too, but
+their weights have other names on disk than in memory, and servers die of the latter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from agentrl.errors import EnvError, UsageError
 if TYPE_CHECKING:
     import torch
 
-FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
+FAMILIES = ("qwen3_vl",)
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 
 

@@ -121,6 +121,7 @@ def _vllm(launch: Launch) -> Sequence[str]:
     words += [f"--port={launch.port}", f"--dtype={launch.dtype}", f"--seed={launch.seed}", "--enable-prefix-caching"]
     words += ["--logprobs-mode=processed_logprobs", "--enable-scale-out", "--enable-prompt-tokens-details"]
     words += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    words += ['--mm-processor-kwargs={"use_fast": false}'] if sees(launch.model) else []  # pictures as the trainer's
     words += ["--worker-extension-cls=agentrl_weights.Extension", '--weight-transfer-config={"backend": "agentrl"}']
     if launch.lora_rank:
         rank = next((rank for rank in _VLLM_RANKS if rank >= launch.lora_rank), launch.lora_rank)

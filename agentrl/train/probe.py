@@ -69,8 +69,8 @@ class Probe:
             raise RunFailed(
                 f"after weights {self._policy.version}, log-probs behind a picture by {where} are {gap:.2g} nats from "
                 f"the trainer's on average, more than {self.tolerance:g}: it goes on with what older weights saw "
-                "in the picture, or resizes otherwise. SGLang needs SGLANG_VLM_CACHE_SIZE_MB=0 and "
-                "--image-processor-backend pil, as agentrl engine serve does"
+                "in the picture, or resizes otherwise. Start it as agentrl engine serve does (SGLang "
+                "with SGLANG_VLM_CACHE_SIZE_MB=0 and --image-processor-backend pil)"
             )
         return gap
 

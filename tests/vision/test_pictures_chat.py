@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor
 from agentrl.chat import ChatFormat, Dialogue, Message
 from agentrl.content import Image
 from agentrl.errors import EnvError, PolicyError, UsageError
-from agentrl.pictures import Pictures
+from agentrl.pictures import Pictures, sees
 from agentrl.train.policy import Policy
 from agentrl.trajectory import RecordError, Span, as_floats, as_ids, ids_of, places_of
 
@@ -187,6 +187,10 @@ def test_a_folder_without_a_processor(policy: Policy, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "qwen3_vl"
     again = Policy.from_folder(tmp_path)
     assert again.pictures is not None
+    config = tmp_path / "config.json"
+    assert sees(tmp_path)
+    config.write_text(config.read_text().replace('"model_type": "qwen3_vl"', '"model_type": "llava"'))
+    assert not sees(tmp_path)
     bare = tmp_path / "bare"
     bare.mkdir()
     shutil.copy(tmp_path / "config.json", bare)
