@@ -174,6 +174,28 @@ def ids_of(slices: Sequence[SpanSlice]) -> Ids:
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a picture stands in a context: its placeholders are ids [start, stop); `sha256` names it."""
+
+    start: int
+    stop: int
+    sha256: str
+
+
+def places_of(slices: Sequence[SpanSlice]) -> tuple[Place, ...]:
+    """The pictures of a context in order. Raises `RecordError` where a slice holds a part of one."""
+    places: list[Place] = []
+    at = 0
+    for piece in slices:
+        if piece.span.images and len(piece):
+            if len(piece.span.images) > 1 or len(piece) != len(piece.span):
+                raise RecordError("a picture stands in a context whole, in a span of its own, or not at all")
+            places.append(Place(at, at + len(piece), piece.span.images[0]))
+        at += len(piece)
+    return tuple(places)
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How one turn was sampled. `temperature` 0 is greedy; log-probs are then of temperature 1."""
 
@@ -369,13 +391,15 @@ class Row:
     """A training row: ids to forward, and which of them are trained.
 
     `targets` [m] are positions in `ids` (each >= 1: the logits at position p-1 predict it);
-    `turns` [m] and `offsets` [m] say which turn's which sampled token stands there.
+    `turns` [m] and `offsets` [m] say which turn's which sampled token stands there. `pictures` are those of the
+    context, in order: its ids alone do not tell what the model saw.
     """
 
     ids: Ids
     targets: NDArray[np.int64]
     turns: NDArray[np.int64]
     offsets: NDArray[np.int64]
+    pictures: tuple[Place, ...] = ()
 
     def __len__(self) -> int:
         return int(self.ids.size)
@@ -386,20 +410,22 @@ def rows_of(
 ) -> list[Row]:
     """Derive training rows by the one rule.
 
-    Consecutive turns of `actor` whose context begins with the previous turn's context + output merge
-    into one row; otherwise the turn is its own row. So append-only episodes give one row, an evolving
+    Consecutive turns of `actor` whose context begins with the previous turn's context + output (and its
+    pictures) merge into one row; otherwise the turn is its own row. So append-only episodes give one row, an evolving
     memory one row a turn, dropped thinking a row per break. Only output tokens of an origin in
     `trained` are targets, each exactly once.
     """
     rows: list[Row] = []
     ids: Ids = as_ids([])
+    pictures: tuple[Place, ...] = ()
     targets: list[NDArray[np.int64]] = []
     turns: list[NDArray[np.int64]] = []
     offsets: list[NDArray[np.int64]] = []
 
     def close() -> None:
         if any(part.size for part in targets):
-            rows.append(Row(ids, np.concatenate(targets), np.concatenate(turns), np.concatenate(offsets)))
+            made = (np.concatenate(targets), np.concatenate(turns), np.concatenate(offsets))
+            rows.append(Row(ids, *made, pictures))
         targets.clear()
         turns.clear()
         offsets.clear()
@@ -407,9 +433,11 @@ def rows_of(
     for index, turn in enumerate(trajectory.turns):
         if turn.actor != actor or not turn.output:
             continue
-        context = ids_of(turn.context)
-        if not (targets and context.size >= ids.size and np.array_equal(context[: ids.size], ids)):
+        context, seen = ids_of(turn.context), places_of(turn.context)
+        goes_on = context.size >= ids.size and np.array_equal(context[: ids.size], ids)
+        if not (targets and goes_on and seen[: len(pictures)] == pictures):
             close()
+        pictures = seen
         position, offset = int(context.size), 0
         for span in turn.output:
             if span.origin in trained:

@@ -5,6 +5,9 @@ content never may. Contents are *defused*: each control string inside them is re
 private-use characters, which templates carry through trimming and JSON, and is encoded apart from
 the rest as ordinary tokens of the same characters. What was encoded is then checked: the control
 ids must be exactly those that the template's text holds.
+
+A picture inside a content is a mark too, which names it and says how many tokens it takes; it becomes the template's
+text for a picture, and the placeholder in it is repeated after all else is encoded.
 """
 
 from __future__ import annotations
@@ -19,13 +22,19 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from agentrl.errors import UsageError
-from agentrl.trajectory import Ids
+from agentrl.trajectory import Ids, Place, RecordError
 
 _OPEN, _CLOSE = "\uf8f0", "\uf8f1"  # a mark is OPEN digits CLOSE
 RESERVED = (_OPEN, _CLOSE, "\uf8f2", "\uf8f3")  # defused too where content holds them; the last two are for sentinels
 _MARK = re.compile(f"{_OPEN}(\\d+){_CLOSE}")
+_PICTURE = re.compile(f"{_OPEN}([0-9a-f]{{64}}):(\\d+){_CLOSE}")
 _MARKUP = re.compile(r"[<>\[\]{}|]")
 _SHAPED = re.compile(r"<[|｜].*[|｜]>", re.DOTALL)
+
+
+def picture_mark(sha256: str, tokens: int) -> str:
+    """What stands in a (defused) text for a picture of so many tokens."""
+    return f"{_OPEN}{sha256}:{tokens}{_CLOSE}"
 
 
 class Codec:
@@ -33,10 +42,12 @@ class Codec:
 
     `meaningful` is text (the template, the tool format's marks) that gives a meaning to the added
     tokens named in it. Control tokens are the special ones, those, and what looks like `<|…|>`.
+    `picture` is the template's text for a picture, whose placeholder is the control token `pad`.
     Raises `UsageError` for a tokenizer without a `tokenizers` backend.
     """
 
-    def __init__(self, tokenizer: Any, meaningful: str) -> None:
+    def __init__(self, tokenizer: Any, meaningful: str, picture: str = "", pad: str = "") -> None:
+        self._picture, self._pad = picture, pad
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if not isinstance(backend, Tokenizer):
             raise UsageError(
@@ -164,6 +175,29 @@ class Codec:
     def encode(self, text: str) -> Ids:
         """Encode marked `text`. Text without marks gives what the tokenizer itself gives, unless a control
         id would come from elsewhere than the template: normalisation can make one of harmless text."""
+        return self.shown(text)[0]
+
+    def shown(self, text: str) -> tuple[Ids, tuple[Place, ...]]:
+        """`encode`, and where the pictures of `text` stand."""
+        pictures = _PICTURE.findall(text)
+        if not pictures:
+            return self._encoded(text), ()
+        ids = self._encoded(_PICTURE.sub(lambda _: self._picture, text)).tolist()
+        pad = self.control[self._pad]
+        if ids.count(pad) != len(pictures):
+            raise RecordError(f"{len(pictures)} pictures stand in a text with {ids.count(pad)} placeholders")
+        whole: list[int] = []
+        places: list[Place] = []
+        for index in ids:
+            if index != pad:
+                whole.append(index)
+                continue
+            sha256, n = pictures[len(places)]
+            places.append(Place(len(whole), len(whole) + int(n), sha256))
+            whole += [pad] * int(n)
+        return frozen(whole), tuple(places)
+
+    def _encoded(self, text: str) -> Ids:
         ids = frozen(self._listed_marked(text))
         return ids if self.controls(ids) == self.expected(text) else frozen(self._strict(text))
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from agentrl.chat.codec import picture_mark
 from agentrl.chat.format import ChatFormat
 from agentrl.chat.gaps import Gap, beyond, plain
 from agentrl.chat.messages import Message, Parsed
 from agentrl.chat.template import Item, Line, Voice
-from agentrl.content import text_of
-from agentrl.trajectory import Context, Ids, RecordError, Span, SpanSlice, ToolCall
+from agentrl.content import Content, Image, parts_of, text_of
+from agentrl.errors import PolicyError
+from agentrl.trajectory import Context, Ids, RecordError, Span, SpanSlice, ToolCall, places_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,9 +39,11 @@ class Dialogue:
     shows earlier turns otherwise than they were said (dropped thinking), the context is made of other
     slices of the same spans: the output from its first token behind the thinking block on (a token
     that straddles is kept), and the template's text as far as it still agrees.
+
+    For a model that sees, pictures are placeholders in the context; `shown` gives those of the present one.
     """
 
-    __slots__ = ("_gaps", "_items", "_said", "_tools", "actor", "chat", "context", "n_tokens")
+    __slots__ = ("_gaps", "_items", "_said", "_seen", "_tools", "actor", "chat", "context", "n_tokens")
 
     def __init__(self, chat: ChatFormat, tools: Sequence[dict[str, Any]], actor: str = "policy") -> None:
         self.chat = chat
@@ -48,6 +52,7 @@ class Dialogue:
         self._items: tuple[Item, ...] = ()
         self._gaps: tuple[Gap, ...] = ()
         self._said: tuple[_Said, ...] = ()
+        self._seen: Mapping[str, Image] = {}
         self.context: Context = ()
         self.n_tokens = 0
 
@@ -121,6 +126,18 @@ class Dialogue:
         self.n_tokens += sum(len(piece) for piece in pieces)
         return self.context
 
+    def shown(self) -> tuple[tuple[Image, ...], tuple[tuple[int, int], ...]]:
+        """The pictures of the context in order, and where in its ids the placeholders of each stand: [start, stop).
+
+        Raises `PolicyError` where the policy wrote a placeholder itself: an engine would take it for a picture.
+        """
+        if self.chat.pictures is None:
+            return (), ()
+        if any(self.chat.reader.spoilt(span.ids) for said in self._said for span in said.output):
+            raise PolicyError("the policy wrote a token that stands for a picture, and no engine can go on from there")
+        places = places_of(self.context)
+        return tuple(self._seen[place.sha256] for place in places), tuple((p.start, p.stop) for p in places)
+
     def fork(self) -> Dialogue:
         """A copy that goes its own way; spans are shared."""
         child = object.__new__(Dialogue)
@@ -137,7 +154,7 @@ class Dialogue:
         lines: list[Line] = []
         answered = 0
         for message in messages:
-            text = defuse(text_of(message.content))
+            text = self._text(message.content)
             if message.role != "tool":
                 lines.append(Line(message.role, text))
                 continue
@@ -147,6 +164,21 @@ class Dialogue:
             lines.append(Line("tool", text, defuse(name), defuse(identity)))
             answered += 1
         return tuple(lines)
+
+    def _text(self, content: Content) -> str:
+        """`content` as the template gets it: control strings defused, pictures as marks where the model sees."""
+        codec, pictures = self.chat.codec, self.chat.pictures
+        if pictures is None or isinstance(content, str):
+            return codec.defuse(text_of(content))
+        text, words = "", ""
+        for part in parts_of(content):
+            if isinstance(part, str):
+                words += part
+                continue
+            text += codec.defuse(words) + picture_mark(part.sha256, pictures.tokens(part))
+            words = ""
+            self._seen = {**self._seen, part.sha256: part}
+        return text + codec.defuse(words)
 
     def _revise(self, gaps: Sequence[str], kept: Sequence[bool]) -> None:
         """Show what was said before as the template shows it now."""

@@ -20,6 +20,7 @@ from agentrl.chat.saying import Sayings
 from agentrl.chat.template import Line, Template, Voice, template_source
 from agentrl.env import Say
 from agentrl.errors import UsageError
+from agentrl.pictures import Pictures
 from agentrl.trajectory import Ids, Role
 
 if TYPE_CHECKING:
@@ -33,23 +34,35 @@ class ChatFormat:
 
     `tokenizer` is a Hugging Face tokenizer with a chat template; `template_options` go to the template
     (`{"enable_thinking": False}`); `tool_format` is "auto", a name of `agentrl.chat.calls`, or
-    "regex:PATTERN". Raises `UsageError` for a tokenizer without a template, or one that renders nothing.
+    "regex:PATTERN"; `pictures` is given for a model that sees: without it a picture is its `Image.alt`.
+    Raises `UsageError` for a tokenizer without a template, or one that renders nothing.
 
     `stop_ids` end a turn: the template's end-of-turn token, role tokens that may follow a turn where no
-    end token closes it, and the end-of-sequence ids of the tokenizer and its generation_config.json.
+    end token closes it, and the end-of-sequence ids of the tokenizer and its generation_config.json. Where the model
+    sees, the placeholders of pictures end a turn too: a policy that writes one is told so, and its episode ends.
     """
 
     def __init__(
-        self, tokenizer: Any, *, tool_format: str = "auto", template_options: Mapping[str, Any] = _NOTHING
+        self,
+        tokenizer: Any,
+        *,
+        tool_format: str = "auto",
+        template_options: Mapping[str, Any] = _NOTHING,
+        pictures: Pictures | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.pictures = pictures
         source = template_source(tokenizer)
         self.calls: CallFormat = call_format(tool_format, source)
         self.template = Template(tokenizer, template_options, self.calls)
         tags = self.template.thinking
-        self.codec = Codec(tokenizer, "\n".join((source, *self.calls.marks, *tags)))
+        meaningful = "\n".join((source, *self.calls.marks, *tags))
+        self.codec = Codec(tokenizer, meaningful)
         self.vocab_size = self.codec.size
         self.template.probe()
+        if pictures is not None:
+            shown = self.template.picture(pictures.pad)
+            self.codec = Codec(tokenizer, "\n".join((meaningful, *pictures.reserved)), shown, pictures.pad)
         eos = _eos_ids(tokenizer)
         layouts = Layouts(self.template, self.codec, eos)
         self.gaps = Gaps(layouts, self.codec)
@@ -60,14 +73,16 @@ class ChatFormat:
             for role in ("tool", "user")
         }
         ends = (*self.codec.controls(self.end_ids)[-1:], *self._role_stops.values())
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*ends, *eos)))
+        turn_ends = frozenset((*ends, *eos))
+        reserved = pictures.reserved_ids if pictures is not None else ()
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys((*ends, *eos, *reserved)))
         # What is said is encoded behind the header, where the spaces of some vocabularies depend on it.
         header = self.template.header
         spans = self.codec.control_spans(header)
         self._lead = header[spans[-1][0] - len(self.codec.string_of(spans[-1][1])) :] if spans else ""
         self._lead_ids = self.codec.encode(self._lead)
         inside = header.rfind(tags[0]) > header.rfind(tags[1])
-        self.reader = Reader(self.codec, self.calls, tags, inside, frozenset(self.stop_ids))
+        self.reader = Reader(self.codec, self.calls, tags, inside, turn_ends, frozenset(reserved))
         self._sayings = Sayings(self.template, self.codec, self.calls, inside)
         self._calls_known = tool_format != "auto" or self._sayings.reads_template()
 

@@ -220,13 +220,22 @@ class Gaps:
         return piece
 
     def encode(self, text: str, role: Role, opening: bool = False) -> Gap:
-        """The gap of any `text`, in one span: as it stands behind the end of a turn (or at the very start)."""
+        """The gap of any `text`, in one span, as it stands behind the end of a turn (or at the very start); the
+        placeholders of each picture are a span of their own, which names it."""
         n = 0 if opening else len(self._end_list)
-        ids = self._codec.encode(self._layouts.end + text if n else text)
+        ids, places = self._codec.shown(self._layouts.end + text if n else text)
         if n and ids[:n].tolist() != self._end_list:
-            ids, n = self._codec.encode(text), 0
-        span = Span(ids[n:], role, "template" if opening or role == "assistant" else "tool", role)
-        return Gap(text, (span[:],), len(span))
+            (ids, places), n = self._codec.shown(text), 0
+        origin: Origin = "template" if opening or role == "assistant" else "tool"
+        pieces: list[SpanSlice] = []
+        edge = n
+        for place in places:
+            if place.start > edge:
+                pieces.append(Span(ids[edge : place.start], role, origin, role)[:])
+            pieces.append(Span(ids[place.start : place.stop], role, origin, role, images=(place.sha256,))[:])
+            edge = place.stop
+        pieces.append(Span(ids[edge:], role, origin, role)[:])
+        return Gap(text, tuple(pieces), ids.size - n)
 
     def changed(self, old: Gap, text: str, opening: bool) -> Gap:
         """`old` with another text: slices of its spans as far as the ids agree, new spans for the rest."""

@@ -9,26 +9,41 @@ from agentrl.trajectory import Ids, ToolCall
 
 
 class Reader:
-    """Reads sampled ids. `tags` are those around thinking; `inside`: the generation header opens them."""
+    """Reads sampled ids. `tags` are those around thinking; `inside`: the generation header opens them; `reserved` are
+    ids that the policy must not write, though it can."""
 
     def __init__(
-        self, codec: Codec, calls: CallFormat, tags: tuple[str, str], inside: bool, stops: frozenset[int]
+        self,
+        codec: Codec,
+        calls: CallFormat,
+        tags: tuple[str, str],
+        inside: bool,
+        stops: frozenset[int],
+        reserved: frozenset[int] = frozenset(),
     ) -> None:
         self._codec = codec
         self._calls = calls
         self._opener, self._closer = tags
         self._inside = inside
         self._stops = stops
+        self._reserved = reserved
 
     def ended(self, ids: Ids) -> bool:
         """True where the turn ends with a stop id, false where a limit cut it."""
         return ids.size > 0 and int(ids[-1]) in self._stops
+
+    def spoilt(self, ids: Ids) -> bool:
+        """True where a placeholder of pictures is among what was said: no engine could tell it from a picture's."""
+        return bool(self._reserved) and not self._reserved.isdisjoint(ids.tolist())
 
     def parse(self, ids: Ids, parameters: Schemas) -> Parsed:
         cut = not self.ended(ids)
         said = ids.tolist() if cut else ids[:-1].tolist()
         text = self._codec.decode(said)
         thinking, rest = self._split(text)
+        if self.spoilt(ids):
+            sentence = "You wrote a token that stands for a picture: only the environment shows pictures."
+            return Parsed(text, "", thinking, (), sentence)
         if rest is None:
             how = "was cut off by the token limit" if cut else "has no end"
             sentence = f"Your thinking {how}: close it with {self._closer}, then call a tool or answer."

@@ -115,6 +115,9 @@ class Template:
         if self._in_parts:
             for message in given:
                 message["content"] = [{"type": "text", "text": message["content"]}]
+        return self._rendered(given, tools, generate)
+
+    def _rendered(self, given: list[dict[str, Any]], tools: Sequence[dict[str, Any]], generate: bool) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
                 given,
@@ -154,6 +157,24 @@ class Template:
             },
         }
         self.has_tools = self._shows([user], (tool,), sentinel("n", 0))
+
+    def picture(self, pad: str) -> str:
+        """What stands in a message's words for a picture between them. Raises `UsageError` where that is not told."""
+        before, after = " \n" + sentinel("u", 0), sentinel("u", 1) + "\n "  # words and pictures trimmed alike, or not
+        words = [{"type": "text", "text": before}, {"type": "text", "text": after}]
+        try:
+            spoken = self.render([{"role": "user", "content": before + after}], (), True)
+            shown = self._rendered([{"role": "user", "content": [words[0], {"type": "image"}, words[1]]}], (), True)
+        except Refused as error:
+            raise UsageError(f"the chat template takes no picture ({error}); put its family's own there") from error
+        start, stop = shown.find(before) + len(before), shown.find(after)
+        text = shown[start:stop]
+        if text.count(pad) != 1 or shown[:start] + shown[stop:] != spoken:
+            raise UsageError(
+                f"the chat template does not write a picture as one {pad} between the words around it; put the model "
+                "family's own chat_template.jinja there"
+            )
+        return text
 
     def _shows(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[dict[str, Any]], what: str) -> bool:
         try:

@@ -169,11 +169,11 @@ def check(
     async def run() -> int:
         policy = Policy.from_folder(model)
         policy.base.train(False)
-        vocab = int(policy.base.config.vocab_size)
+        vocab = policy.vocab_size
         engine = await _connect(kind, url, vocab, sync_folder)
         try:
             await engine.update_weights(policy.weights(), 0)
-            findings = await examine(Exam.of(engine, policy.base, vocab, tolerance), report)
+            findings = await examine(Exam.of(engine, policy.base, vocab, tolerance, policy.pictures), report)
         finally:
             await engine.close()
         return int(not all(finding.passed for finding in findings))

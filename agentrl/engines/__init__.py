@@ -34,7 +34,8 @@ class Request:
     `session` names the episode whose keys and values may be kept between turns; `group` names
     requests that probably share a prompt. `forced` are output ids already known from a record: the
     engine feeds them as if it had sampled them and returns their log-probs, so that an episode
-    rebuilt after a crash continues with the very same numbers.
+    rebuilt after a crash continues with the very same numbers. `images` are the pictures of the whole context in order,
+    and `places` where in `ids` the placeholders of each stand, [start, stop): as many as its size asks for.
     """
 
     ids: Ids
@@ -43,6 +44,19 @@ class Request:
     group: str = ""
     forced: Ids | None = None
     images: tuple[Image, ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.places):
+            raise ValueError(f"a request with {len(self.images)} pictures names {len(self.places)} places of them")
+
+    @property
+    def folded(self) -> list[int]:
+        """`ids` with one placeholder for each picture: what servers take, which repeat it themselves."""
+        ids: list[int] = self.ids.tolist()
+        for start, stop in reversed(self.places):
+            del ids[start + 1 : stop]
+        return ids
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,9 +79,9 @@ class Generation:
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What an engine can do; checked when the configuration is read. `forced`: it takes `Request.forced`.
-    `score_temperature`: it scores at other temperatures than 1. `truncation`: it takes top-k and top-p. `cache_block`:
-    tokens that its prefix cache keeps together. `in_flight`: what becomes of running requests at an update.
-    `max_context` 0: it has no limit of its own."""
+    `images`: its model takes pictures. `score_temperature`: it scores at other temperatures than 1. `truncation`: it
+    takes top-k and top-p. `cache_block`: tokens that its prefix cache keeps together. `in_flight`: what becomes of
+    running requests at an update. `max_context` 0: it has no limit of its own."""
 
     token_ids: bool = True
     logprobs: bool = True

@@ -25,6 +25,7 @@ from typing import Literal
 import httpx
 
 from agentrl.errors import InfraError, UsageError
+from agentrl.pictures import sees
 
 Kind = Literal["sglang", "vllm"]
 Device = Literal["cpu", "cuda"]
@@ -85,6 +86,8 @@ class Launch:
                 paths.append(SHIMS / "sglang_cpu")
             else:
                 added |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": bound}
+        if self.kind == "sglang" and sees(self.model):
+            added["SGLANG_VLM_CACHE_SIZE_MB"] = "0"  # what it keeps of a picture outlives the weights that made it
         if self.kind == "vllm":
             added |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
             added |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.lora_rank else {}
@@ -98,6 +101,8 @@ def _sglang(launch: Launch) -> Sequence[str]:
     words = ["-m", "sglang.launch_server", "--model-path", str(launch.model), "--host", LOOPBACK]
     words += ["--port", str(launch.port), "--dtype", launch.dtype, "--random-seed", str(launch.seed)]
     words += ["--skip-server-warmup", "--sleep-on-idle"]
+    if sees(launch.model):
+        words += ["--image-processor-backend", "pil"]  # the trainer's: the other one resizes a little differently
     if launch.lora_rank:
         words += ["--enable-lora", "--max-lora-rank", str(launch.lora_rank), "--max-loras-per-batch", str(ADAPTERS)]
         words += ["--lora-target-modules", *launch.lora_targets]
@@ -116,6 +121,7 @@ def _vllm(launch: Launch) -> Sequence[str]:
     words += [f"--port={launch.port}", f"--dtype={launch.dtype}", f"--seed={launch.seed}", "--enable-prefix-caching"]
     words += ["--logprobs-mode=processed_logprobs", "--enable-scale-out", "--enable-prompt-tokens-details"]
     words += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    words += ['--mm-processor-kwargs={"use_fast": false}'] if sees(launch.model) else []  # pictures as the trainer's
     words += ["--worker-extension-cls=agentrl_weights.Extension", '--weight-transfer-config={"backend": "agentrl"}']
     if launch.lora_rank:
         rank = next((rank for rank in _VLLM_RANKS if rank >= launch.lora_rank), launch.lora_rank)

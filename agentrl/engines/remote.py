@@ -123,6 +123,7 @@ class RemoteEngine:
             cache_block=max(info.cache_block for info in found),
             in_flight="finish" if sync == "adapter" else in_flight or "retract",
             max_context=max_context or shortest.max_context,
+            images=all(info.images for info in found),
         )
         return cls(servers, capabilities, vocab=vocab, sync=sync, sync_folder=sync_folder)
 
@@ -138,6 +139,11 @@ class RemoteEngine:
             )
         if request.forced is not None:
             raise UsageError("a server cannot be told what to sample; ask `capabilities.forced` first")
+        if request.images and not self.capabilities.images:
+            raise UsageError(
+                f"{self.servers[0].name} serves a model of text, which would ignore the request's pictures; serve a "
+                "vision model, such as a Qwen3-VL"
+            )
         n = min(request.sampling.max_tokens, room)
         reply = await self._asked(request.session, request.group, lambda server, rid: server.generate(request, rid, n))
         self.stats.requests += 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from agentrl.engines import Generation, InFlight, Request
+from agentrl.errors import UsageError
 from agentrl.trajectory import Floats, Ids, VersionRun, as_floats
 
 
@@ -18,7 +19,7 @@ from agentrl.trajectory import Floats, Ids, VersionRun, as_floats
 class ServerInfo:
     """What a server says of itself. `max_context` is in tokens; `version` is the server's own, such as 0.5.23.
     `truncation`: log-probs are of the whole softmax under top-k and top-p too. `cache_block`: tokens that are cached
-    together."""
+    together. `images`: its model takes pictures."""
 
     kind: str
     version: str
@@ -26,6 +27,7 @@ class ServerInfo:
     max_context: int
     truncation: bool = True
     cache_block: int = 1
+    images: bool = False
 
 
 class ModelServer(Protocol):
@@ -176,6 +178,18 @@ class Adapters:
             yield held
         finally:
             self._running[held[0] if held else ""] -= 1
+
+
+def check_seen(request: Request, seen: object, name: str) -> None:
+    """Raises `UsageError` where a server that was sent pictures read other ids than the record says."""
+    if not isinstance(seen, list):
+        raise UsageError(f"{name} does not say which ids it read for a picture; it is too old for vision models")
+    if seen != request.ids.tolist():
+        raise UsageError(
+            f"{name} read {len(seen)} ids where the record has {request.ids.size}, or others, for a context with "
+            f"{len(request.images)} pictures: it must serve the very folder of the policy, with its own "
+            "preprocessor_config.json and no limit of pixels of its own"
+        )
 
 
 def labelled(reply: Generation, adapter: tuple[str, int] | None) -> Generation:

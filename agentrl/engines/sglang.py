@@ -15,7 +15,7 @@ from typing import Any
 from agentrl.chaos import Chaos
 from agentrl.engines import Generation, InFlight, Request
 from agentrl.engines.http import Http, Refused, unlike
-from agentrl.engines.servers import Adapters, Bucket, ServerInfo, entropy_of, labelled, logprobs_of, runs_of
+from agentrl.engines.servers import Adapters, Bucket, ServerInfo, check_seen, entropy_of, labelled, logprobs_of, runs_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
 
@@ -58,7 +58,7 @@ class SGLangServer:
             version, served = str(about["version"]), models["data"][0]
             # A prompt may be some tokens shorter than the context only; what fits both is what we may use.
             longest = min(int(served["max_model_len"]), int(about["max_req_input_len"]) + 1)
-            found = ServerInfo("sglang", version, str(about["model_path"]), longest)
+            found = ServerInfo("sglang", version, str(about["model_path"]), longest, images=await self._sees())
         except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
             sentence = (
                 f"what answers at {self.url} is no SGLang server, or one without /server_info; this needs "
@@ -73,6 +73,13 @@ class SGLangServer:
             )
         return found
 
+    async def _sees(self) -> bool:
+        """Whether the model takes pictures. A server that does not tell counts as one of text."""
+        try:
+            return (await self._http.get("/model_info"))["has_image_understanding"] is True
+        except (Refused, KeyError, TypeError):
+            return False
+
     async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
         body: dict[str, Any] = {
             "input_ids": request.ids.tolist(),
@@ -84,11 +91,15 @@ class SGLangServer:
         if self._top:
             body["top_logprobs_num"] = self._top
         if request.images:
+            body["input_ids"] = request.folded
             body["image_data"] = [image.data_url for image in request.images]
+            body["return_prompt_token_ids"] = True  # where it cannot place a picture it tokenises the text anew
         with self._adapters.held() as adapter:
-            return labelled(
-                self._generation(await self._http.post("/generate", self._for(body, adapter), seconds=None)), adapter
-            )
+            reply = await self._http.post("/generate", self._for(body, adapter), seconds=None)
+        made = self._generation(reply)
+        if request.images and made.finish != "abort":  # one that waited when it ended was never read
+            check_seen(request, reply.get("prompt_token_ids"), self.name)
+        return labelled(made, adapter)
 
     async def score(self, ids: Ids, start: int) -> Floats:
         body: dict[str, Any] = {

@@ -14,7 +14,7 @@ from typing import Any
 from agentrl.chaos import Chaos
 from agentrl.engines import Generation, InFlight, Request
 from agentrl.engines.http import Http, Refused, unlike
-from agentrl.engines.servers import Adapters, ServerInfo, entropy_of, labelled, logprobs_of, runs_of
+from agentrl.engines.servers import Adapters, ServerInfo, check_seen, entropy_of, labelled, logprobs_of, runs_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.trajectory import FinishReason, Floats, Ids, Sampling, as_floats, as_ids
 
@@ -35,6 +35,7 @@ class VLLMServer:
         self._http = Http(url, "the vLLM server", api_key, chaos)
         self._top = top_logprobs
         self._model = ""
+        self._eyes = False
         self._adapters = Adapters()
         self._keeps = False  # paused in place: running requests keep their keys and values
         self._cache = ""  # tells what is cached now from what older weights left there
@@ -68,6 +69,7 @@ class VLLMServer:
             except Refused as refused:
                 sentence = f"the vLLM server at {self.url} ({version}) has no {path}: it needs {needs}"
                 raise unlike(refused, self.url, sentence) from refused
+        self._eyes = await self._sees()
         block = re.search(r'vllm:cache_config_info\{.*?\bblock_size="(\d+)"', await self._http.text("/metrics"))
         return ServerInfo(
             "vllm",
@@ -76,11 +78,18 @@ class VLLMServer:
             longest,
             truncation=False,
             cache_block=int(block[1]) if block else 16,
+            images=self._eyes,
         )
 
+    async def _sees(self) -> bool:
+        """Whether the model takes pictures. A server that does not tell counts as one of text."""
+        try:
+            about = await self._http.get("/server_info?config_format=json")
+            return about["vllm_config"]["model_config"]["multimodal_config"] is not None
+        except (Refused, KeyError, TypeError):
+            return False
+
     async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
-        if request.images:
-            raise UsageError("pictures go to the vLLM server as features, which is not built; use the sglang engine")
         if request.sampling.top_p < 1 or request.sampling.top_k:
             raise UsageError(
                 "vLLM gives log-probs after top-k and top-p, not those of the whole softmax: set top_p: 1 and top_k: 0 "
@@ -91,13 +100,19 @@ class VLLMServer:
             "token_ids": request.ids.tolist(),
             "sampling_params": _sampling(request.sampling, max_tokens, self._top),
         }
+        if request.images:
+            body["token_ids"] = request.folded
+            body["content_parts"] = [{"type": "image_url", "url": image.data_url} for image in request.images]
+            body["return_token_ids"] = True
         if self._cache:
             body["cache_salt"] = self._cache
         with self._adapters.held() as adapter:
             body["model"] = adapter[0] if adapter else self._model
-            return labelled(
-                self._generation(await self._http.post("/inference/v1/generate", body, seconds=None)), adapter
-            )
+            reply = await self._http.post("/inference/v1/generate", body, seconds=None)
+        made = self._generation(reply)
+        if request.images and made.finish != "abort":  # one that waited when it ended was never read
+            check_seen(request, reply.get("prompt_token_ids"), self.name)
+        return labelled(made, adapter)
 
     async def score(self, ids: Ids, start: int) -> Floats:
         if ids.size == start:
@@ -141,6 +156,8 @@ class VLLMServer:
         self._cache = secrets.token_hex(8) if self._keeps else ""
         if not self._keeps:
             await self._http.post("/reset_prefix_cache")
+        if self._eyes:
+            await self._http.post("/reset_encoder_cache")  # what older weights saw in pictures
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         try:

@@ -40,7 +40,7 @@ from agentrl.store.reader import StoreReader
 from agentrl.task import Task
 from agentrl.train.judge import restored_policy
 from agentrl.train.options import HFModel, ScratchModel
-from agentrl.train.parts import make_chat, policy_actor
+from agentrl.train.parts import make_chat, pictures_of, policy_actor
 from agentrl.train.serving import open_engine
 from agentrl.train.stages import RLStage
 from agentrl.train.trainer import stage_labels
@@ -166,11 +166,12 @@ async def _voice(
         what = f"{speaking.endpoint_model} at {speaking.endpoint}"
         return _Voice(there.name, there.source, None, what, there, None)
     if not speaking.goes_on:
-        chat = make_chat(config, _tokenizer(source.folder, config))
+        tokenizer = _tokenizer(source.folder, config)
+        chat = make_chat(config, tokenizer, pictures_of(config, tokenizer))
         return _Voice(PERSON, "teacher", None, "in a person's words", None, chat, _pieces(chat))
     run = source.folder if speaking.model is None else None
     policy = await restored_policy(config, run, at)
-    chat = make_chat(config, policy.tokenizer)
+    chat = make_chat(config, policy.tokenizer, policy.pictures)
     engine = await open_engine(config, policy, out, reporter.note)
     stack.push_async_callback(engine.close)
     actor = policy_actor(config, engine, chat, temperature=temperature)
@@ -312,7 +313,8 @@ def _key(reader: StoreReader, entry: Entry) -> EpisodeKey:
 
 def _copy_images(reader: StoreReader, record: Trajectory, writer: StoreWriter) -> None:
     mimes = {".jpg": "image/jpeg", ".webp": "image/webp"}
-    for sha256 in {image for turn in record.turns for use in turn.tools for image in use.result.images}:
+    shown = {image for span in record.spans() for image in span.images}
+    for sha256 in shown | {image for turn in record.turns for use in turn.tools for image in use.result.images}:
         try:
             path = reader.image(sha256)
         except KeyError:

@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 from agentrl.chat import ChatFormat, Dialogue, Message, Parsed
 from agentrl.engines import Engine, Generation, Request
 from agentrl.env import Env, Obs, Say
-from agentrl.errors import EnvError
+from agentrl.errors import EnvError, UsageError
 from agentrl.host import CLOSE_SECONDS
 from agentrl.instance import Local, generator
 from agentrl.task import Task
@@ -138,6 +138,10 @@ class PolicyActor:
         name: str = "policy",
         requests: asyncio.Semaphore | None = None,
     ) -> None:
+        if chat.pictures is not None and not engine.capabilities.images:
+            raise UsageError(
+                "the policy's model takes pictures and its engine serves text only; set engine.type to sglang or vllm"
+            )
         self.engine = engine
         self.chat = chat
         self.vocab_size = chat.vocab_size
@@ -207,7 +211,8 @@ class _PolicyConversation(TokenConversation):
             reply = _recorded_reply(recorded)  # servers find what they cached by its ids alone
         else:
             forced = _recorded_reply(recorded).ids if recorded is not None else None
-            request = Request(ids_of(context), sampling, self._session, self._group, forced)
+            images, places = self._dialogue.shown()
+            request = Request(ids_of(context), sampling, self._session, self._group, forced, images, places)
             try:
                 async with actor.requests:
                     reply = await actor.engine.generate(request)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from agentrl.chat import Message
-from agentrl.content import Content, Image, images_of, text_of
+from agentrl.content import Content, Image, images_of, parts_of, text_of
 from agentrl.context import ContextPolicy
 from agentrl.env import Episode, Obs
 from agentrl.errors import EnvError, InfraError, PolicyError, ToolError
@@ -124,11 +124,11 @@ class LiveEpisode:
             self._prompt.append(Message("system", self.task.system))
         prompt: Content = self.task.prompt
         if first is not None:
-            self._keep(images_of(first.content))
-            prompt = f"{text_of(prompt)}\n\n{text_of(first.content)}" if text_of(prompt) else first.content
+            prompt = (*parts_of(prompt), "\n\n", *parts_of(first.content)) if text_of(prompt) else first.content
+        self._keep(images_of(prompt))
         self._prompt.append(Message("user", prompt))
-        self._conversation.start(self._prompt)
-        if first is not None and first.done:
+        self._tell(self._conversation.start, self._prompt)
+        if first is not None and first.done and not self.over:
             self.outcome = Outcome("terminated")
 
     async def step(self) -> Turn | None:
@@ -356,9 +356,16 @@ class LiveEpisode:
         else:
             fresh = self._context.rebuild(self._prompt, Episode(self.task, self.turns, None, self.extra))
             if fresh is None:
-                self._conversation.extend(messages)
+                self._tell(self._conversation.extend, messages)
             else:
-                self._conversation.start(fresh)
+                self._tell(self._conversation.start, fresh)
+
+    def _tell(self, say: Callable[[Sequence[Message]], None], messages: Sequence[Message]) -> None:
+        """Let the policy hear `messages`; a picture that cannot be read is the environment's failure."""
+        try:
+            say(messages)
+        except EnvError as error:
+            self.outcome = Outcome("failed", "env", str(error))
 
     def _next_record(self) -> Turn | None:
         index = len(self.turns)

@@ -180,6 +180,14 @@ class StoreWriter:
             part.replace(path)
             self._unsynced.append(path)
 
+    def picture(self, sha256: str) -> Image:
+        """A picture that was kept. Raises `KeyError` where none was."""
+        for mime, extension in (*_EXTENSIONS.items(), ("application/octet-stream", ".bin")):
+            path = self._media / f"{sha256}{extension}"
+            if path.is_file():
+                return Image(path.read_bytes(), mime)
+        raise KeyError(f"no picture {sha256!r} in {self._media}")
+
     def rewind(self, stage: str, step: int) -> None:
         """The run goes on at `step` of `stage`: what it had credited there and later is credited anew."""
         with self._lock, self._guard():

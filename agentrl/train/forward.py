@@ -5,11 +5,14 @@ on a few tokens, and never assumed: whether the packed form of `packing` and `at
 model's own hidden states (else rows are padded and forwarded plainly), and whether logits are just
 the head applied to them (else the whole model is called, with logits at the targets alone: soft caps,
 scales and heads that are not linear stay right).
+
+Rows with pictures are forwarded one at a time, unshared, by the model's own forward with what it makes of them: equal
+ids do not mean equal pictures, and positions follow from their sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,10 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from agentrl.errors import UsageError
 from agentrl.train.attention import NAME, Packed, Picker, Unsupported, attend
 from agentrl.train.head import CHUNK, target_logprobs
 from agentrl.train.packing import Layout, Share, lay_out, needed, plan
-from agentrl.trajectory import Row, as_ids
+from agentrl.trajectory import Place, Row, as_ids
 
 __all__ = ["Network", "TokenOutputs", "plan", "score_rows", "token_logprobs"]
 
@@ -46,10 +50,16 @@ class HasNetwork(Protocol):
     def network(self) -> Network: ...
 
 
-class Network:
-    """A causal LM as backbone and head. `packed` and `direct` say what the probe found."""
+Look = Callable[[Sequence[Place], int], dict[str, Tensor]]
+"""What the model's forward takes for the pictures at these places of so many ids."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+
+class Network:
+    """A causal LM as backbone and head. `packed` and `direct` say what the probe found; `look` is given for a model
+    that sees."""
+
+    def __init__(self, model: PreTrainedModel, look: Look | None = None) -> None:
+        self.look = look
         self.model: Any = model
         self.backbone: Any = model.base_model
         head: object = model.get_output_embeddings()  # type: ignore[no-untyped-call]
@@ -85,6 +95,10 @@ def token_logprobs(
     whether tokens that rows share are forwarded once.
     """
     network = policy if isinstance(policy, Network) else policy.network
+    if any(row.pictures for row in rows):
+        words = [row for row in rows if not row.pictures]
+        rest = token_logprobs(network, words, temperature=temperature, entropy=entropy, chunk=chunk)
+        return _with_pictures(network, rows, rest, temperature, entropy, chunk)
     if not sum(row.targets.size for row in rows):
         empty = torch.zeros(0, device=network.device)
         return TokenOutputs(empty, empty if entropy else None, 0)
@@ -172,6 +186,37 @@ def _padded(network: Network, rows: Sequence[Row], temperature: float, entropy: 
     targets = torch.from_numpy(next_ids).to(network.device)
     outputs = _targets(network, ids.to(network.device), call, places, targets, temperature, entropy, chunk)
     return TokenOutputs(*outputs, tokens=ids.numel())
+
+
+def _with_pictures(
+    network: Network, rows: Sequence[Row], rest: TokenOutputs, temperature: float, entropy: bool, chunk: int
+) -> TokenOutputs:
+    """Rows in their order: those with pictures one at a time, the others out of `rest`, which was made of them."""
+    if network.look is None:
+        raise UsageError("rows with pictures can be trained by a model that takes pictures only")
+    logprobs: list[Tensor] = []
+    entropies: list[Tensor] = []
+    tokens, edge = rest.tokens, 0
+    for row in rows:
+        m = row.targets.size
+        if not row.pictures:
+            logprobs.append(rest.logprobs[edge : edge + m])
+            entropies += [rest.entropies[edge : edge + m]] if rest.entropies is not None else []
+            edge += m
+            continue
+        n = needed(row)
+        seen = network.look([place for place in row.pictures if place.stop <= n], n)
+        call = {name: tensor.to(network.device) for name, tensor in seen.items()} | {"use_cache": False}
+        ids, next_ids = (
+            torch.from_numpy(array.astype(np.int64)).to(network.device)
+            for array in (row.ids[None, :n], row.ids[row.targets])
+        )
+        at = Picker.of(row.targets - 1, n, None, network.device)
+        mine, spread = _targets(network, ids, call, at, next_ids, temperature, entropy, chunk)
+        logprobs.append(mine)
+        entropies += [spread] if spread is not None else []
+        tokens += n
+    return TokenOutputs(torch.cat(logprobs), torch.cat(entropies) if entropy else None, tokens)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Judge:
         """Evaluate the configuration's policy, restored from a checkpoint where one is given."""
         policy = await restored_policy(self.config, run, at)
         stage, step = _place(at)
-        chat = make_chat(self.config, policy.tokenizer)
+        chat = make_chat(self.config, policy.tokenizer, policy.pictures)
         engine = await open_engine(self.config, policy, None, self.reporter.note, self.chaos)
         records = []
         try:
@@ -90,7 +90,7 @@ class Judge:
         """Play the tasks once, sampled, and store the trajectories in a run folder: with the policy of `run` at a
         checkpoint, or with the configuration's own."""
         policy = await restored_policy(self.config, run or folder, at)
-        chat = make_chat(self.config, policy.tokenizer)
+        chat = make_chat(self.config, policy.tokenizer, policy.pictures)
         engine = await open_engine(self.config, policy, folder, self.reporter.note, self.chaos)
         writer = StoreWriter(folder, pieces=policy.pieces)
         try:

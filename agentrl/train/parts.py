@@ -19,6 +19,7 @@ from agentrl.context import ContextPolicy
 from agentrl.engines import Engine
 from agentrl.env import Env, tasks_of
 from agentrl.errors import UsageError
+from agentrl.pictures import Pictures, sees
 from agentrl.rollout.actors import ExpertActor, PolicyActor
 from agentrl.rollout.manager import Recorder, RolloutLimits, RolloutManager, Watcher
 from agentrl.rollout.strategy import FlatRollouts
@@ -61,9 +62,20 @@ def make_chaos(config: Config) -> Chaos | None:
     return None if config.chaos is None else Chaos(config.chaos)
 
 
-def make_chat(config: Config, tokenizer: Any) -> ChatFormat:
-    """The chat format of a tokenizer, as the configuration wants it."""
-    return ChatFormat(tokenizer, tool_format=config.chat.tool_format, template_options=config.chat.template_options)
+def make_chat(config: Config, tokenizer: Any, pictures: Pictures | None = None) -> ChatFormat:
+    """The chat format of a tokenizer, as the configuration wants it; with `pictures` for a model that sees."""
+    options = config.chat
+    return ChatFormat(
+        tokenizer, tool_format=options.tool_format, template_options=options.template_options, pictures=pictures
+    )
+
+
+def pictures_of(config: Config, tokenizer: Any) -> Pictures | None:
+    """What the configuration's model makes of pictures, without loading its weights; None where it takes none."""
+    if isinstance(config.model, ScratchModel):
+        return None
+    folder = Path(config.model.path).expanduser()
+    return Pictures(folder.resolve(), tokenizer) if sees(folder) else None
 
 
 async def make_policy(config: Config, env: Env, run: Path | None = None) -> Policy:

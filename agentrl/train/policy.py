@@ -8,7 +8,7 @@ engine samples with (`weights`: merged, under the architecture's own names), and
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +16,24 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from agentrl.content import Image
 from agentrl.errors import UsageError
+from agentrl.pictures import Pictures, sees
 from agentrl.train.forward import Network
 from agentrl.train.lora import add_adapters, deltas, merged
 from agentrl.train.options import Dtype, LoraOptions
 from agentrl.train.pretrained import load_model, load_tokenizer, quiet, random_model
-from agentrl.trajectory import Ids
+from agentrl.trajectory import Ids, Place
+
+Album = Callable[[str], Image]
+"""Gives a picture by its sha256. Raises `KeyError` for one that it does not hold."""
 
 
 class Policy:
     """`model` is the plain model, or peft's wrapper around it; `base` always the architecture itself.
 
-    `version` counts weight updates handed to the engine; `path` is the folder it came from, if any.
+    `version` counts weight updates handed to the engine; `path` is the folder it came from, if any; `pictures` is what
+    a model that sees makes of pictures, and `album` gives the pictures that rows name.
     The model stays in evaluation mode: nothing is random but LoRA's dropout, where gradients flow.
     """
 
@@ -38,16 +44,19 @@ class Policy:
         *,
         lora: LoraOptions | None = None,
         path: str | None = None,
+        pictures: Pictures | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.path = path
+        self.pictures = pictures
         self.version = 0
         self.base = model
         self.model: nn.Module = model if lora is None else add_adapters(model, lora)
         self.model.train(False)
         self.lora = lora is not None
         self._trained = [name for name, p in self.base.named_parameters() if p.requires_grad]
-        self.network = Network(self.base)
+        self.album: Album | None = None
+        self.network = self._network()
 
     @classmethod
     def from_folder(
@@ -66,7 +75,8 @@ class Policy:
         folder = Path(path).expanduser()
         tokenizer = load_tokenizer(folder)
         model = load_model(folder, dtype=dtype, ids=len(tokenizer))
-        return cls(_on(device, model), tokenizer, lora=lora, path=str(folder.resolve()))
+        pictures = Pictures(folder.resolve(), tokenizer) if sees(folder) else None
+        return cls(_on(device, model), tokenizer, lora=lora, path=str(folder.resolve()), pictures=pictures)
 
     @classmethod
     def scratch(
@@ -81,6 +91,11 @@ class Policy:
         special ids are the tokenizer's. Equal seeds give equal weights. Raises `UsageError` for an
         unknown type or key."""
         return cls(_on(device, random_model(arch, tokenizer, seed=seed)), tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids below this are the model's."""
+        return int(self.base.config.get_text_config().vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -147,7 +162,7 @@ class Policy:
         memo: dict[int, Any] = {id(p): p for p in shared}
         other.base, other.model = copy.deepcopy((self.base, self.model), memo)
         other.base.requires_grad_(False)
-        other.network = Network(other.base)
+        other.network = other._network()
         if state is not None:
             other.load_state(state)
         return other
@@ -164,6 +179,18 @@ class Policy:
             else:
                 self.model.save_pretrained(str(folder))  # type: ignore[operator]
         self.tokenizer.save_pretrained(str(folder))
+        if self.pictures is not None:
+            self.pictures.save(Path(folder))
+
+    def _network(self) -> Network:
+        return Network(self.base, self._look if self.pictures is not None else None)
+
+    def _look(self, places: Sequence[Place], n: int) -> dict[str, Tensor]:
+        assert self.pictures is not None
+        if self.album is None:
+            raise UsageError("rows with pictures need to be told where the pictures are: set Policy.album")
+        album = self.album
+        return self.pictures.inputs([album(p.sha256) for p in places], [(p.start, p.stop) for p in places], n)
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and persistent buffers, each once."""

@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as _logging
 
 from agentrl.errors import UsageError
+from agentrl.pictures import sees
 from agentrl.train.options import Dtype
 
 logging: Any = _logging
@@ -47,7 +55,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(folder: Path, *, dtype: Dtype, ids: int) -> PreTrainedModel:
-    """The folder's causal LM on the CPU, whose vocabulary must hold the tokenizer's `ids` ids."""
+    """The folder's causal LM on the CPU, one that sees too, whose vocabulary must hold the tokenizer's `ids` ids."""
     _check_folder(folder)
     try:
         with quiet():
@@ -55,14 +63,16 @@ def load_model(folder: Path, *, dtype: Dtype, ids: int) -> PreTrainedModel:
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         raise UsageError(f"{folder}/config.json cannot be read: {_first_line(error)}") from error
     named = list(config.architectures or [])
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or (
-        named and not set(named) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    kind: Any = AutoModelForImageTextToText if sees(folder) else AutoModelForCausalLM
+    if kind is AutoModelForCausalLM and (
+        type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+        or (named and not set(named) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()))
     ):
         what = named[0] if named else config.model_type
         raise UsageError(f"{folder} holds {what}, which is no causal language model; name a folder that holds one")
     try:
         with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 str(folder), config=config, dtype=getattr(torch, dtype), local_files_only=True, output_loading_info=True
             )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:

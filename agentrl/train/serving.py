@@ -54,6 +54,10 @@ async def open_engine(
         else await _served(config, policy, config.engine, folder, tell, chaos)
     )
     try:
+        if policy.pictures is not None and not engine.capabilities.images:
+            raise UsageError(
+                f"the servers serve a model of text, and that in {policy.path} takes pictures; serve that very folder"
+            )
         most = engine.capabilities.max_context
         if most and config.rollout.max_tokens >= most:
             raise UsageError(
@@ -127,6 +131,12 @@ def server_device(options: LaunchOptions) -> Device:
 
 def _local(config: Config, policy: Policy, options: LocalOptions, chaos: Chaos | None) -> Engine:
     """With its own copy of the policy's weights."""
+    if policy.pictures is not None:
+        raise UsageError(
+            f"the local engine serves text only, and the model in {policy.path} takes pictures: set engine.type to "
+            "sglang or vllm",
+            where="engine.type",
+        )
     engine = LocalEngine(
         policy.model_for_engine(),
         rows=options.rows,
@@ -143,6 +153,11 @@ def _local(config: Config, policy: Policy, options: LocalOptions, chaos: Chaos |
 async def _served(
     config: Config, policy: Policy, options: ServerOptions, folder: Path | None, tell: Tell, chaos: Chaos | None
 ) -> RemoteEngine:
+    if policy.pictures is not None and options.sync == "adapter":
+        raise UsageError(
+            "adapters of a model that takes pictures cannot be sent apart: set engine.sync to disk, which merges them",
+            where="engine.sync",
+        )
     place = _place(folder)
     posts: list[Post] = []
     engine: RemoteEngine | None = None
@@ -152,7 +167,7 @@ async def _served(
             await _recognise(policy, posts)
         engine = await RemoteEngine.connect(
             [post.server for post in posts],
-            vocab=int(policy.base.config.vocab_size),
+            vocab=policy.vocab_size,
             max_context=options.max_context,
             sync=options.sync,
             in_flight=options.in_flight,

@@ -12,6 +12,7 @@ from agentrl.chaos import Chaos
 from agentrl.chat import ChatFormat
 from agentrl.config import Config
 from agentrl.console import Reporter
+from agentrl.content import text_of
 from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.engines import Engine
 from agentrl.engines.options import ServerOptions
@@ -134,7 +135,7 @@ class Session:
         return next((other.context for other in following if isinstance(other, RLStage)), AppendOnly())
 
     def _example(self, title: str, task: Task, trajectory: Trajectory) -> None:
-        messages: list[tuple[str, str]] = [("user", str(task.prompt))]
+        messages: list[tuple[str, str]] = [("user", text_of(task.prompt))]
         for turn in trajectory.turns:
             messages.append(("assistant", turn.text))
             if turn.observation:

@@ -7,16 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from agentrl.content import Image
 from agentrl.errors import RunFailed
 from agentrl.rollout.seeds import seed_of
-from agentrl.store import StoreReader
+from agentrl.store import EpisodeKey, StoreReader, StoreWriter
 from agentrl.train.forward import plan, token_logprobs
 from agentrl.train.optim import Optimizer
 from agentrl.train.parts import demonstrate, make_manager, take
 from agentrl.train.policy import Policy
 from agentrl.train.session import Session
 from agentrl.train.stages import SupervisedStage
-from agentrl.trajectory import Group, Row, rows_of
+from agentrl.trajectory import Group, Row, Turn, rows_of
 
 
 class SupervisedRunner:
@@ -33,7 +34,7 @@ class SupervisedRunner:
         """Play and record the demonstrations."""
         session, stage = self.session, self.stage
         tasks = take(session.env, stage.demonstrations, seed=session.config.seed)
-        manager = make_manager(session.config, session.env, None, session.reporter)
+        manager = make_manager(session.config, session.env, _Pictures(session.writer), session.reporter)
         groups = await demonstrate(manager, session.chat, tasks, stage=self.label, context=session.context_of(stage))
         self.demonstrations = demo_rows(groups)
         with StoreReader(session.folder.path) as reader:
@@ -60,6 +61,22 @@ class SupervisedRunner:
 
     async def close(self) -> None:
         """Nothing is open."""
+
+
+class _Pictures:
+    """Keeps the pictures of demonstrations; their turns are recorded when all are there."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+
+    def turn(self, key: EpisodeKey, index: int, turn: Turn) -> None:
+        """Nothing: demonstrations that were interrupted are played again."""
+
+    def forget(self, key: EpisodeKey) -> None:
+        """Nothing was kept."""
+
+    def image(self, image: Image) -> None:
+        self._writer.image(image)
 
 
 def demo_rows(groups: Sequence[Group]) -> list[list[Row]]:

@@ -129,7 +129,8 @@ class Trainer:
             metrics.rewind(stage_labels(config.stages), self.progress.stage, self.progress.step)
         writer = StoreWriter(folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n)
         opened.callback(writer.close)
-        chat, chaos = make_chat(config, policy.tokenizer), make_chaos(config)
+        policy.album = writer.picture
+        chat, chaos = make_chat(config, policy.tokenizer, policy.pictures), make_chaos(config)
         engine = await open_engine(config, policy, folder.path, self.reporter.note, chaos)
         opened.push_async_callback(engine.close)
         tasks = TaskStream(lambda: tasks_of(env, "train", config.seed))

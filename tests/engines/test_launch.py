@@ -149,9 +149,18 @@ def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
     assert added["PYTHONPATH"] == str(SHIMS / "sglang_cpu") and (SHIMS / "sglang_cpu" / "sgl_kernel.py").is_file()
     vllm = Launch("vllm", tmp_path / "py", tmp_path / "m", 1234, device="cuda", dtype="bfloat16")
     words, added = " ".join(vllm.words()), vllm.environment()
+    assert "mm-processor" not in words and "SGLANG_VLM_CACHE_SIZE_MB" not in sglang.environment()
     assert "--logprobs-mode=processed_logprobs --enable-scale-out" in words and "--block-size" not in words
     assert added["VLLM_SERVER_DEV_MODE"] == "1" and added["PYTHONPATH"] == str(SHIMS / "vllm")
     assert (SHIMS / "vllm" / "agentrl_weights.py").is_file() and "OMP_NUM_THREADS" not in added
+
+
+def test_servers_of_models_that_see_treat_pictures_as_the_trainer_does(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_vl"}')
+    sglang, vllm = (Launch(kind, Path("python"), tmp_path, 1) for kind in ("sglang", "vllm"))
+    assert "--image-processor-backend pil" in " ".join(sglang.words())
+    assert sglang.environment()["SGLANG_VLM_CACHE_SIZE_MB"] == "0"
+    assert '--mm-processor-kwargs={"use_fast": false}' in vllm.words()
 
 
 def test_a_server_for_adapters_is_told_their_rank_and_modules(tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from agentrl.chaos import Chaos, ChaosOptions
+from agentrl.content import Image
 from agentrl.engines import Request
 from agentrl.engines.http import Refused
+from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
 from agentrl.errors import InfraError, UsageError
@@ -101,6 +103,60 @@ def test_errors_in_every_shape_keep_their_sentence(body: str, answering: Any) ->
     with pytest.raises(Refused) as caught:
         ask(SGLangServer(url), lambda server: server.generate(REQUEST, "r", 4))
     assert caught.value.said == "no such thing" and caught.value.status == 400
+
+
+PICTURED = Request(as_ids([1, 9, 9, 9, 2]), Sampling(max_tokens=4), "s", images=(Image(b"x"),), places=((1, 4),))
+SAID = {
+    "finish_reason": "stop",
+    "token_ids": [7],
+    "logprobs": {"content": [{"logprob": -0.5}]},
+    "weight_versions": [{"version": "3", "start": 0, "end": 1}],
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "path", "good"),
+    [
+        (SGLangServer, "/generate", GOOD),
+        (VLLMServer, "/inference/v1/generate", {"choices": [SAID]}),
+    ],
+)
+def test_a_server_must_read_the_ids_of_the_record(made: Any, path: str, good: Any, answering: Any) -> None:
+    assert PICTURED.folded == [1, 9, 2]
+
+    def reply(**more: Any) -> Any:
+        url = answering({path: (200, json.dumps(good | more))})
+        return ask(made(url), lambda server: server.generate(PICTURED, "r", 4))
+
+    assert reply(prompt_token_ids=[1, 9, 9, 9, 2]).ids.size
+    with pytest.raises(UsageError, match="read 4 ids where the record has 5, or others, for a context with 1"):
+        reply(prompt_token_ids=[1, 9, 9, 2])
+    with pytest.raises(UsageError, match="too old for vision models"):
+        reply()
+
+
+def test_pictures_and_their_places_belong_together() -> None:
+    with pytest.raises(ValueError, match="a request with 1 pictures names 0 places"):
+        Request(as_ids([1, 2]), Sampling(), "s", images=(Image(b"x"),))
+
+
+@pytest.mark.parametrize(("sees", "said"), [(True, True), (False, False), (None, False)])
+def test_whether_a_model_takes_pictures(sees: bool | None, said: bool, answering: Any) -> None:
+    told = {} if sees is None else {"/model_info": (200, json.dumps({"has_image_understanding": sees}))}
+    url = answering(sglang() | told)
+    assert ask(SGLangServer(url), lambda server: server.info()).images is said
+
+
+def test_a_model_of_text_is_sent_no_picture(answering: Any) -> None:
+    async def main() -> None:
+        engine = await RemoteEngine.connect([SGLangServer(answering(sglang()))], vocab=10)
+        try:
+            await engine.generate(PICTURED)
+        finally:
+            await engine.close()
+
+    with pytest.raises(UsageError, match="serves a model of text, which would ignore the request's pictures"):
+        asyncio.run(main())
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,8 @@ class FolderEngine(WeightTransferEngine[Nothing, Update]):
 
     def receive_weights(self, update_info: Update) -> None:
         reload_weights(self.vllm_config, self.model, _tensors(Path(update_info.folder)), None, True)
-        head = getattr(self.model, "lm_head", None)
+        words = getattr(self.model, "language_model", self.model)  # of a model that sees
+        head = getattr(words, "lm_head", None)
         if self.device.type == "cpu" and head is not None:
             from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 
