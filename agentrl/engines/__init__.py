@@ -35,6 +35,8 @@ class Request:
     requests that probably share a prompt. `forced` are output ids already known from a record: the
     engine feeds them as if it had sampled them and returns their log-probs, so that an episode
     rebuilt after a crash continues with the very same numbers.
+    `priority`: of the requests that wait for a place to run, the one with the largest number starts first, and of equal
+    ones the one that came first. It stops nothing that runs, and changes no request's numbers.
     """
 
     ids: Ids
@@ -43,6 +45,7 @@ class Request:
     group: str = ""
     forced: Ids | None = None
     images: tuple[Image, ...] = ()
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,8 +69,8 @@ class Generation:
 class Capabilities:
     """What an engine can do; checked when the configuration is read. `forced`: it takes `Request.forced`.
     `score_temperature`: it scores at other temperatures than 1. `truncation`: it takes top-k and top-p. `cache_block`:
-    tokens that its prefix cache keeps together. `in_flight`: what becomes of running requests at an update.
-    `max_context` 0: it has no limit of its own."""
+    tokens that its prefix cache keeps together. `priorities`: it heeds `Request.priority`. `in_flight`: what becomes of
+    running requests at an update. `max_context` 0: it has no limit of its own."""
 
     token_ids: bool = True
     logprobs: bool = True
@@ -79,6 +82,7 @@ class Capabilities:
     score_temperature: bool = True
     truncation: bool = True
     cache_block: int = 1
+    priorities: bool = True
     in_flight: Crossing = "retract"
     max_context: int = 0
 

@@ -21,6 +21,7 @@ from agentrl.errors import AgentRLError, UsageError
 from agentrl.trajectory import Floats, Ids, Sampling, as_ids
 
 PLAIN = Sampling(max_tokens=24)
+MOST_AT_ONCE = 1024  # requests with which an engine is filled
 FAR = 0.05  # nats by which two versions of the weights must differ for a mix-up to show
 
 
@@ -73,10 +74,12 @@ class Exam:
             found: Floats = logps[torch.arange(start - 1, len(ids) - 1), batch[0, start:]].numpy()
             return found
 
-    async def sample(self, ids: Ids, sampling: Sampling = PLAIN, session: str = "", group: str = "") -> Generation:
+    async def sample(
+        self, ids: Ids, sampling: Sampling = PLAIN, session: str = "", group: str = "", priority: int = 0
+    ) -> Generation:
         name = session or f"exam-{self.rng.integers(1 << 40):x}"
         try:
-            return await self.engine.generate(Request(ids, sampling, name, group))
+            return await self.engine.generate(Request(ids, sampling, name, group, priority=priority))
         finally:
             if not session:
                 await self.engine.release(name)
@@ -268,6 +271,39 @@ async def prefix_reuse(exam: Exam) -> str:
     return f"{share:.1%} over 6 turns"
 
 
+async def priorities(exam: Exam) -> str:
+    """Of those that wait in a full engine, the last to come is served first where its priority is the largest."""
+    if not exam.engine.capabilities.priorities:
+        return "none: it serves requests in the order in which they come"
+    long = replace(PLAIN, max_tokens=exam.engine.capabilities.max_context - 8)
+    short = replace(PLAIN, max_tokens=4)
+    full: list[asyncio.Task[Generation]] = []
+    others: list[asyncio.Task[Generation]] = []
+    try:
+        while not await _waits(exam):
+            if len(full) >= MOST_AT_ONCE:
+                return f"{len(full)} requests run at once here, and none waits"
+            full += [asyncio.create_task(exam.sample(exam.prompt(8), long, priority=-3)) for _ in range(16)]
+        low = [asyncio.create_task(exam.sample(exam.prompt(8), short, priority=-2)) for _ in range(4)]
+        others += low
+        await _waits(exam)  # so that they have come before
+        high = asyncio.create_task(exam.sample(exam.prompt(8), short, priority=-1))
+        others.append(high)
+        await _waits(exam)
+        for running in full:  # one place becomes free; another where what it held was too little
+            running.cancel()
+            if (await asyncio.wait(others, timeout=2.0, return_when="FIRST_COMPLETED"))[0]:
+                break
+        early = sum(other.done() for other in low)
+        must(not early and high.done(), f"{early} of 4 requests of a lower priority were served before the highest")
+        return f"the last to come was served first, with {len(full)} long requests and 4 of lower priority before it"
+    finally:
+        for task in (*full, *others):
+            task.cancel()
+        await asyncio.gather(*full, *others, return_exceptions=True)
+        await _until(exam, 0)
+
+
 async def abort_running(exam: Exam) -> str:
     long = replace(PLAIN, max_tokens=exam.engine.capabilities.max_context - 8)
     ids = exam.prompt(8)
@@ -406,6 +442,15 @@ async def sleeping(exam: Exam) -> str:
     return f"new weights to {worst:.1e}, the first again to {exam.compare(ids, await exam.sample(ids)):.1e}"
 
 
+async def _waits(exam: Exam) -> bool:
+    """Whether requests have waited for a place to run for a while."""
+    for _ in range(2):
+        await asyncio.sleep(0.1)
+        if not int((await exam.engine.health())["waiting"]):
+            return False
+    return True
+
+
 async def _until(exam: Exam, running: int) -> None:
     """Wait until at least `running` requests are being served, or for 0 none. Raises `AssertionError` after 20 s."""
     deadline = time.monotonic() + 20.0
@@ -428,6 +473,7 @@ CHECKS: dict[str, Callable[[Exam], Awaitable[str]]] = {
     "bad ids": bad_ids,
     "concurrent load": concurrent_load,
     "prefix reuse": prefix_reuse,
+    "priorities": priorities,
     "abort while running": abort_running,
     "abort while queued": abort_queued,
     "cancelled callers": cancellation,

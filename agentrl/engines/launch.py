@@ -98,6 +98,8 @@ def _sglang(launch: Launch) -> Sequence[str]:
     words = ["-m", "sglang.launch_server", "--model-path", str(launch.model), "--host", LOOPBACK]
     words += ["--port", str(launch.port), "--dtype", launch.dtype, "--random-seed", str(launch.seed)]
     words += ["--skip-server-warmup", "--sleep-on-idle"]
+    if not any(flag.startswith("--schedule-policy") for flag in launch.flags):  # only its default heeds priorities
+        words += ["--enable-priority-scheduling", "--disable-priority-preemption", "--default-priority-value", "0"]
     if launch.lora_rank:
         words += ["--enable-lora", "--max-lora-rank", str(launch.lora_rank), "--max-loras-per-batch", str(ADAPTERS)]
         words += ["--lora-target-modules", *launch.lora_targets]
@@ -115,7 +117,7 @@ def _vllm(launch: Launch) -> Sequence[str]:
     words = ["-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={launch.model}", f"--host={LOOPBACK}"]
     words += [f"--port={launch.port}", f"--dtype={launch.dtype}", f"--seed={launch.seed}", "--enable-prefix-caching"]
     words += ["--logprobs-mode=processed_logprobs", "--enable-scale-out", "--enable-prompt-tokens-details"]
-    words += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    words += ["--no-enable-log-requests", "--disable-uvicorn-access-log", "--scheduling-policy=priority"]
     words += ["--worker-extension-cls=agentrl_weights.Extension", '--weight-transfer-config={"backend": "agentrl"}']
     if launch.lora_rank:
         rank = next((rank for rank in _VLLM_RANKS if rank >= launch.lora_rank), launch.lora_rank)

@@ -121,6 +121,7 @@ class RemoteEngine:
             score_temperature=False,
             truncation=all(info.truncation for info in found),
             cache_block=max(info.cache_block for info in found),
+            priorities=all(info.priorities for info in found),
             in_flight="finish" if sync == "adapter" else in_flight or "retract",
             max_context=max_context or shortest.max_context,
         )

@@ -40,6 +40,7 @@ class SGLangServer:
         self._adapters = Adapters()
         self._keeps = False  # paused in place: running requests keep their keys and values
         self._cache = ""  # tells what is cached now from what older weights left there
+        self._sooner = 0  # the sign of a larger priority's number; 0: it was not started to heed any
 
     @property
     def url(self) -> str:
@@ -58,7 +59,9 @@ class SGLangServer:
             version, served = str(about["version"]), models["data"][0]
             # A prompt may be some tokens shorter than the context only; what fits both is what we may use.
             longest = min(int(served["max_model_len"]), int(about["max_req_input_len"]) + 1)
-            found = ServerInfo("sglang", version, str(about["model_path"]), longest)
+            heeds = bool(about.get("enable_priority_scheduling"))
+            found = ServerInfo("sglang", version, str(about["model_path"]), longest, priorities=heeds)
+            self._sooner = (-1 if about.get("schedule_low_priority_values_first") else 1) if heeds else 0
         except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
             sentence = (
                 f"what answers at {self.url} is no SGLang server, or one without /server_info; this needs "
@@ -83,6 +86,8 @@ class SGLangServer:
         }
         if self._top:
             body["top_logprobs_num"] = self._top
+        if self._sooner:  # elsewhere it would be ignored, or refused (--abort-on-priority-when-disabled)
+            body["priority"] = self._sooner * request.priority
         if request.images:
             body["image_data"] = [image.data_url for image in request.images]
         with self._adapters.held() as adapter:

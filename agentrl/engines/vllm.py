@@ -38,6 +38,7 @@ class VLLMServer:
         self._adapters = Adapters()
         self._keeps = False  # paused in place: running requests keep their keys and values
         self._cache = ""  # tells what is cached now from what older weights left there
+        self._heeds = False  # it was started to heed priorities
 
     @property
     def url(self) -> str:
@@ -68,6 +69,11 @@ class VLLMServer:
             except Refused as refused:
                 sentence = f"the vLLM server at {self.url} ({version}) has no {path}: it needs {needs}"
                 raise unlike(refused, self.url, sentence) from refused
+        try:
+            about = (await self._http.get("/server_info?config_format=json"))["vllm_config"]["scheduler_config"]
+            self._heeds = about["policy"] == "priority"
+        except (Refused, KeyError, TypeError):  # one that does not say is sent none: it might refuse it
+            self._heeds = False
         block = re.search(r'vllm:cache_config_info\{.*?\bblock_size="(\d+)"', await self._http.text("/metrics"))
         return ServerInfo(
             "vllm",
@@ -76,6 +82,7 @@ class VLLMServer:
             longest,
             truncation=False,
             cache_block=int(block[1]) if block else 16,
+            priorities=self._heeds,
         )
 
     async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
@@ -91,6 +98,8 @@ class VLLMServer:
             "token_ids": request.ids.tolist(),
             "sampling_params": _sampling(request.sampling, max_tokens, self._top),
         }
+        if self._heeds:
+            body["priority"] = -request.priority  # smaller is sooner there
         if self._cache:
             body["cache_salt"] = self._cache
         with self._adapters.held() as adapter:

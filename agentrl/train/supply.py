@@ -8,6 +8,9 @@ in which they finished. So no trained token is older than `max_staleness` update
 episode takes: either the update waits for it (`overdue: wait`), or the group is dropped, counted, and
 another task is drawn in its place (`overdue: drop`, which favours short episodes).
 
+Where places or the engine are full, the batch of an earlier update goes first, for that update waits for it: older
+draws are played before newer ones. Evaluation, which every update waits for, goes before all of them.
+
 In total a stage submits as many groups as it trains (and one more for each that was dropped or asked for
 by an editor), so nothing is at play any more after its last update.
 """
@@ -146,7 +149,13 @@ class Supply:
         flights = []
         for draw in draws:
             stage, _ = self._stage.at(draw.step)
-            (flight,) = self._stream.submit([draw], self._actor(stage), strategy=stage.strategy, context=stage.context)
+            (flight,) = self._stream.submit(
+                [draw],
+                self._actor(stage),
+                strategy=stage.strategy,
+                context=stage.context,
+                priority=-1 - draw.step,  # evaluation, and whatever else names none, has 0
+            )
             flight.born = born
             flights.append(flight)
         self._open += flights

@@ -9,6 +9,7 @@ import asyncio
 import os
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -143,10 +144,14 @@ def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
     sglang = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, cores=(2, 3), flags=("--tp", "2"))
     words, added = " ".join(sglang.words()), sglang.environment()
     assert "--device cpu --attention-backend torch_native" in words and words.endswith("--tp 2")
+    assert "--enable-priority-scheduling" in words
+    other = replace(sglang, flags=("--schedule-policy=lpm",))  # one in which SGLang takes no priorities
+    assert "--enable-priority-scheduling" not in other.words()
     assert added["OMP_NUM_THREADS"] == "2" and added["SGLANG_CPU_OMP_THREADS_BIND"] == "2,3"
     assert added["PYTHONPATH"] == str(SHIMS / "sglang_cpu") and (SHIMS / "sglang_cpu" / "sgl_kernel.py").is_file()
     vllm = Launch("vllm", tmp_path / "py", tmp_path / "m", 1234, device="cuda", dtype="bfloat16")
     words, added = " ".join(vllm.words()), vllm.environment()
+    assert "--scheduling-policy=priority" in words
     assert "--logprobs-mode=processed_logprobs --enable-scale-out" in words and "--block-size" not in words
     assert added["VLLM_SERVER_DEV_MODE"] == "1" and added["PYTHONPATH"] == str(SHIMS / "vllm")
     assert (SHIMS / "vllm" / "agentrl_weights.py").is_file() and "OMP_NUM_THREADS" not in added
