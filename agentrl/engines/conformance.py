@@ -21,7 +21,7 @@ from agentrl.errors import AgentRLError, UsageError
 from agentrl.trajectory import Floats, Ids, Sampling, as_ids
 
 PLAIN = Sampling(max_tokens=24)
-MOST_AT_ONCE = 1024  # requests with which an engine is filled
+MOST_AT_ONCE = 512  # requests with which an engine is filled
 FAR = 0.05  # nats by which two versions of the weights must differ for a mix-up to show
 
 
@@ -275,32 +275,27 @@ async def priorities(exam: Exam) -> str:
     """Of those that wait in a full engine, the last to come is served first where its priority is the largest."""
     if not exam.engine.capabilities.priorities:
         return "none: it serves requests in the order in which they come"
-    long = replace(PLAIN, max_tokens=exam.engine.capabilities.max_context - 8)
-    short = replace(PLAIN, max_tokens=4)
-    full: list[asyncio.Task[Generation]] = []
-    others: list[asyncio.Task[Generation]] = []
+    most = min(512, exam.engine.capabilities.max_context - 8)
+    lengths = exam.rng.integers(most // 4, most, MOST_AT_ONCE)  # so that places become free one after another
+    full = [_begin(exam, int(length), priority=-3) for length in lengths]
     try:
-        while not await _waits(exam):
-            if len(full) >= MOST_AT_ONCE:
-                return f"{len(full)} requests run at once here, and none waits"
-            full += [asyncio.create_task(exam.sample(exam.prompt(8), long, priority=-3)) for _ in range(16)]
-        low = [asyncio.create_task(exam.sample(exam.prompt(8), short, priority=-2)) for _ in range(4)]
-        others += low
-        await _waits(exam)  # so that they have come before
-        high = asyncio.create_task(exam.sample(exam.prompt(8), short, priority=-1))
-        others.append(high)
-        await _waits(exam)
-        for running in full:  # one place becomes free; another where what it held was too little
-            running.cancel()
-            if (await asyncio.wait(others, timeout=2.0, return_when="FIRST_COMPLETED"))[0]:
-                break
+        await _until(exam, 1)
+        await asyncio.sleep(0.2)
+        waits = int((await exam.engine.health())["waiting"])
+        if not waits:
+            return f"{len(full)} requests run at once here, and none waits"
+        low = [_begin(exam, 24, priority=-2) for _ in range(12)]
+        high = _begin(exam, 4, priority=-1)
+        full += [*low, high]
+        await asyncio.wait({*low, high}, return_when="FIRST_COMPLETED")
         early = sum(other.done() for other in low)
-        must(not early and high.done(), f"{early} of 4 requests of a lower priority were served before the highest")
-        return f"the last to come was served first, with {len(full)} long requests and 4 of lower priority before it"
+        must(not early, f"{early} requests of a lower priority were served before the highest")
+        return f"the last to come was served before the {waits} that waited"
     finally:
-        for task in (*full, *others):
+        await exam.engine.abort()
+        for task in full:
             task.cancel()
-        await asyncio.gather(*full, *others, return_exceptions=True)
+        await asyncio.gather(*full, return_exceptions=True)
         await _until(exam, 0)
 
 
@@ -442,13 +437,9 @@ async def sleeping(exam: Exam) -> str:
     return f"new weights to {worst:.1e}, the first again to {exam.compare(ids, await exam.sample(ids)):.1e}"
 
 
-async def _waits(exam: Exam) -> bool:
-    """Whether requests have waited for a place to run for a while."""
-    for _ in range(2):
-        await asyncio.sleep(0.1)
-        if not int((await exam.engine.health())["waiting"]):
-            return False
-    return True
+def _begin(exam: Exam, tokens: int, priority: int) -> asyncio.Task[Generation]:
+    """A short request on its way."""
+    return asyncio.create_task(exam.sample(exam.prompt(8), replace(PLAIN, max_tokens=tokens), priority=priority))
 
 
 async def _until(exam: Exam, running: int) -> None:

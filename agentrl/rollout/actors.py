@@ -215,9 +215,7 @@ class _PolicyConversation(TokenConversation):
             reply = _recorded_reply(recorded)  # servers find what they cached by its ids alone
         else:
             forced = _recorded_reply(recorded).ids if recorded is not None else None
-            request = Request(
-                ids_of(context), sampling, self._session, self._group, forced, priority=self._priority
-            )
+            request = Request(ids_of(context), sampling, self._session, self._group, forced, priority=self._priority)
             try:
                 async with actor.requests:
                     reply = await actor.engine.generate(request)

@@ -84,7 +84,7 @@ class GroupStream:
         context: ContextPolicy | None = None,
         priority: int = 0,
     ) -> list[Flight]:
-        """Begin to play `draws`. Those of larger priority are admitted to places before others, and those of one priority
+        """Begin to play `draws`. Those of larger priority are admitted to places before others, those of equal priority
         in the order of submission."""
         setting = Setting(actor, strategy, context or AppendOnly(), self._recorded, self._keep, priority)
         flights = []

@@ -35,7 +35,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture
 def answering() -> Iterator[Callable[..., str]]:
-    """Starts a server with the given (status, body) by path, and returns its URL. `heard` gets the bodies sent to it."""
+    """Starts a server with the given (status, body) by path, and returns its URL. `heard` gets the bodies."""
     servers: list[http.server.ThreadingHTTPServer] = []
 
     def start(answers: Answers, heard: list[Any] | None = None) -> str:
