@@ -415,6 +415,35 @@ def test_what_finished_first_is_trained_first_until_something_is_due() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_the_first_batches_are_all_trained_before_they_are_too_old() -> None:
+    """They are of one age: where faster groups of later batches took their places, some would be left over."""
+
+    async def main() -> None:
+        gates = Gates()
+        line = Line(gates, max_staleness=2)
+        async with line.scene.stream() as stream:
+            supply = line.supply(stream)
+            for task in ("t6", "t7", "t0", "t1"):
+                gates.gate(task).set()
+            assert names(await supply.take(0)) == ["t0", "t1"]
+            line.version += 1
+            taking = asyncio.create_task(supply.take(1))
+            await asyncio.sleep(0.05)
+            assert not taking.done(), "t6 and t7 are there, but t2 to t5 need the places of two updates"
+            gates.gate("t4").set()
+            await asyncio.sleep(0.02)
+            gates.gate("t5").set()
+            assert names(await taking) == ["t4", "t5"]
+            line.version += 1
+            gates.gate("t2").set()
+            gates.gate("t3").set()
+            assert names(await supply.take(2)) == ["t2", "t3"]
+            line.version += 1
+            assert names(await supply.take(3)) == ["t6", "t7"], "from here on the fastest are first"
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_overdue_groups_are_dropped_and_replaced_where_asked() -> None:
     async def main() -> None:
         gates = Gates()
