@@ -92,7 +92,9 @@ class Keeper:
     async def _keep(self, post: Post) -> None:
         try:
             await self._kept(post)
-        except AgentRLError as error:  # another server stands there now, or it does not take the weights
+        except UsageError as error:  # another server stands there now, or it does not take the weights
+            self._gives_up(post, f"{post.server.name} is given up: {error}", error)
+        except AgentRLError as error:
             self.engine.give_up(error)
 
     async def _kept(self, post: Post) -> None:
@@ -153,7 +155,9 @@ class Keeper:
             try:
                 if post.process is not None:
                     if post.restarts >= self._restarts:
-                        return self._gives_up(post)
+                        times = f"{post.server.name} died {post.restarts + 1} times and is given up"
+                        self._gives_up(post, f"{times}: {post.process.ending()}")
+                        return False
                     post.restarts += 1
                     await post.process.stop(gently=False)
                     post.process = _again(post.process)
@@ -168,11 +172,9 @@ class Keeper:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _gives_up(self, post: Post) -> bool:
+    def _gives_up(self, post: Post, sentence: str, error: UsageError | None = None) -> None:
+        """Go on without a server; with the last of them every request ends with `error`."""
         self._gone.add(post.server)
-        words = post.process.ending() if post.process is not None else "no answer"
-        sentence = f"{post.server.name} died {post.restarts + 1} times and is given up: {words}"
         self._tell(sentence)
         if len(self._gone) == len(self.posts):
-            self.engine.give_up(RunFailed(sentence))
-        return False
+            self.engine.give_up(error or RunFailed(sentence))

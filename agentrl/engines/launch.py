@@ -47,7 +47,8 @@ class Launch:
 
     `python`: that of the server's own environment. `cores`: those that a server on a CPU computes on. `lora_rank`:
     that of the largest adapter it takes (0: none), on the modules whose names end in `lora_targets` (vLLM: on any).
-    `flags` come last, and so override what stands here.
+    `accelerators`: which of those that this process sees, one after another; empty: the first ones. `flags` come last,
+    and so override what stands here.
     """
 
     kind: Kind
@@ -61,6 +62,7 @@ class Launch:
     memory_fraction: float = 0.85
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    accelerators: tuple[int, ...] = ()
     flags: tuple[str, ...] = ()
 
     @property
@@ -89,6 +91,10 @@ class Launch:
             added |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
             added |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.lora_rank else {}
             paths.append(SHIMS / "vllm")
+        if self.kind == "vllm" and self.device == "cuda" and self.accelerators:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            mine = [seen[n] if n < len(seen) and seen[n] else str(n) for n in self.accelerators]
+            added["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         if paths:
             added["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         return added
@@ -108,6 +114,8 @@ def _sglang(launch: Launch) -> Sequence[str]:
         words += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         words += ["--grammar-backend", "none", "--disable-overlap-schedule"]
         return [*words, "--mem-fraction-static", "0.1", "--max-total-tokens", "65536"]
+    if launch.accelerators:  # it still sees the others: handles of tensors come from the trainer's
+        words += ["--base-gpu-id", str(launch.accelerators[0])]
     if launch.lora_rank:
         words += ["--enable-weights-cpu-backup"]  # no update brings the base model back after a sleep
     return [*words, "--mem-fraction-static", f"{launch.memory_fraction:g}", "--enable-memory-saver"]
@@ -130,6 +138,33 @@ def _vllm(launch: Launch) -> Sequence[str]:
     if launch.device == "cpu":
         return [*words, "--block-size=32"]
     return [*words, f"--gpu-memory-utilization={launch.memory_fraction:g}", "--enable-sleep-mode"]
+
+
+def spread(servers: int, flags: Sequence[str], seen: int, own: int | None, *, beside: bool) -> list[tuple[int, ...]]:
+    """The accelerators of each server, out of `seen`: as many as its flags ask for (tensor times pipeline parallel).
+
+    No two servers share one as long as there are enough. The trainer's `own` comes last, or with `beside` first: where
+    servers sleep during its updates. Raises `UsageError` where the flags ask for more than there are.
+    """
+    each = _flag(flags, "--tp", "--tp-size", "--tensor-parallel-size", "-tp")
+    each *= _flag(flags, "--pp", "--pp-size", "--pipeline-parallel-size", "-pp")
+    if each > seen:
+        raise UsageError(
+            f"a server's flags ask for {each} accelerators, and {seen} are here", where="engine.launch.flags"
+        )
+    places = [tuple(range(first, first + each)) for first in range(0, seen - each + 1, each)]
+    places.sort(key=lambda place: (own in place) != beside)
+    return [places[number % len(places)] for number in range(servers)]
+
+
+def _flag(flags: Sequence[str], *names: str) -> int:
+    """The number that a flag gives, 1 without it. The last one counts."""
+    found = 1
+    for word, after in zip(flags, [*flags[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        if name in names and (value or after).isdigit():
+            found = int(value or after)
+    return found
 
 
 def free_port() -> int:

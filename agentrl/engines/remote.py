@@ -71,6 +71,7 @@ class RemoteEngine:
         self._updating = asyncio.Lock()
         self._owing = False  # the next update sets the engine going: one failed, or it was asleep
         self._asleep = self._dozed = False
+        self._sleeping: dict[ModelServer, int] = {}  # told to sleep with this version, and not yet to wake
         self._routes = Routes(self.servers)
         self._rids: dict[str, dict[str, ModelServer]] = {}  # session -> its running requests
         self._calls: dict[ModelServer, set[asyncio.Future[Any]]] = {server: set() for server in self.servers}
@@ -383,6 +384,10 @@ class RemoteEngine:
             await self._catch_up(server)
 
     async def _catch_up(self, server: ModelServer) -> None:
+        if server in self._sleeping:  # it was out of reach when the others were woken
+            if (await server.health())["version"] == str(self._sleeping[server]):  # else it was started anew
+                await server.wake()
+            del self._sleeping[server]
         await server.pause(self._in_flight)
         await self._sync.catch_up(server)
         if self._open.is_set():
@@ -398,6 +403,7 @@ class RemoteEngine:
         self._asleep, self._dozed = True, self._open.is_set()
         try:
             self._open.clear()
+            self._sleeping |= dict.fromkeys(self._routes.up, self.version)
             await self._all(lambda server: server.sleep())
         except BaseException:
             self._get_up()
@@ -407,7 +413,8 @@ class RemoteEngine:
         if not self._asleep:
             return
         try:
-            await self._all(lambda server: server.wake())
+            for server in await self._all(lambda server: server.wake()):
+                del self._sleeping[server]
         finally:
             self._get_up()
         if self._dozed and self.capabilities.in_flight == "finish":

@@ -20,7 +20,7 @@ from agentrl.config import Config
 from agentrl.engines import Engine
 from agentrl.engines.install import python_of
 from agentrl.engines.keeper import Keeper, Post, start
-from agentrl.engines.launch import LORA_TARGETS, Device, Launch, free_port
+from agentrl.engines.launch import LORA_TARGETS, Device, Launch, free_port, spread
 from agentrl.engines.local import LocalEngine
 from agentrl.engines.memory import check_fits, trainer_bytes
 from agentrl.engines.options import LaunchOptions, LocalOptions, ServerOptions
@@ -223,8 +223,13 @@ async def _posts(
         await asyncio.to_thread(policy.save_hf, model)
     python, cores = server_python(kind, launch), sorted(os.sched_getaffinity(0))
     lora = config.model.lora if isinstance(config.model, HFModel) and options.sync == "adapter" else None
-    if device == "cuda" and device_of(config).type == "cuda":
-        _check_memory(config, policy, launch, sleeps=options.sleep)
+    places: list[tuple[int, ...]] = [()] * launch.servers
+    if device == "cuda" and torch.cuda.is_available():
+        trainer = device_of(config)
+        its = (trainer.index or 0) if trainer.type == "cuda" else None
+        places = spread(launch.servers, launch.flags, torch.cuda.device_count(), its, beside=options.sleep)
+        if its is not None:
+            _check_memory(config, policy, launch, sum(its in place for place in places), sleeps=options.sleep)
     launches = []
     for number in range(launch.servers):
         own = [cores[(-1 - n) % len(cores)] for n in range(number * launch.cores, (number + 1) * launch.cores)]
@@ -241,6 +246,7 @@ async def _posts(
                 memory_fraction=launch.memory_fraction,
                 lora_rank=lora.r if lora is not None else 0,
                 lora_targets=LORA_TARGETS if lora is None or isinstance(lora.targets, str) else tuple(lora.targets),
+                accelerators=places[number],
                 flags=launch.flags,
             )
         )
@@ -249,8 +255,8 @@ async def _posts(
     return [Post(client(process.launch.url), process) for process in processes]
 
 
-def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, *, sleeps: bool) -> None:
-    """Whether the trainer and a server fit on the accelerator that they share. Raises `UsageError`."""
+def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, beside: int, *, sleeps: bool) -> None:
+    """Whether the trainer and the servers `beside` it fit on its accelerator. Raises `UsageError`."""
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     needs = trainer_bytes(
         policy.base.num_parameters(),
@@ -259,7 +265,7 @@ def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, *, slee
         master=False,
     )
     whole = torch.cuda.get_device_properties(device_of(config)).total_memory
-    share = launch.memory_fraction * launch.servers  # all of them start on it
+    share = launch.memory_fraction * beside
     check_fits(needs, device_bytes=whole, engine_fraction=share, sleeps=sleeps)
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from agentrl import cli
 from agentrl.engines import install
-from agentrl.engines.launch import SHIMS, Launch, ServerProcess, free_port, members
+from agentrl.engines.launch import SHIMS, Launch, ServerProcess, free_port, members, spread
 from agentrl.errors import InfraError, UsageError
 
 SERVER = """
@@ -208,3 +208,21 @@ def test_a_port_a_log_or_cores_that_cannot_be(tmp_path: Path, capsys: pytest.Cap
         assert cli.run([*serve, *words]) == 2, words
         said = capsys.readouterr().err
         assert sentence in said and len(said.splitlines()) == 1
+
+
+def test_every_server_has_accelerators_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spread(3, (), 4, None, beside=False) == [(0,), (1,), (2,)]
+    assert spread(3, (), 4, 0, beside=False) == [(1,), (2,), (3,)], "not the trainer's, as long as there are others"
+    assert spread(2, (), 4, 1, beside=True) == [(1,), (0,)], "the trainer's first, where servers sleep meanwhile"
+    assert spread(2, (), 1, 0, beside=False) == [(0,), (0,)], "there is but one"
+    assert spread(2, ("--tp", "2"), 5, 0, beside=False) == [(2, 3), (0, 1)]
+    assert spread(1, ("--tensor-parallel-size=2", "--pp-size", "2"), 4, None, beside=False) == [(0, 1, 2, 3)]
+    with pytest.raises(UsageError, match="ask for 8 accelerators, and 4 are here"):
+        spread(1, ("--tp=8",), 4, None, beside=False)
+    made = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, device="cuda", accelerators=(2, 3))
+    assert " --base-gpu-id 2 " in f"{' '.join(made.words())} "
+    assert "CUDA_VISIBLE_DEVICES" not in made.environment(), "the trainer's handles name its accelerator"
+    made = replace(made, kind="vllm")
+    assert made.environment()["CUDA_VISIBLE_DEVICES"] == "2,3" and "--base-gpu-id" not in made.words()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert made.environment()["CUDA_VISIBLE_DEVICES"] == "6,7"
