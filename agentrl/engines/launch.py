@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import httpx
 
@@ -69,6 +69,14 @@ class Launch:
     def url(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
 
+    @property
+    def name(self) -> str:
+        return f"the {self.kind} server of {self.model}"
+
+    @property
+    def ready(self) -> str:
+        return _READY[self.kind]
+
     def words(self) -> list[str]:
         """The command line."""
         return [str(self.python), *(_sglang(self) if self.kind == "sglang" else _vllm(self)), *self.flags]
@@ -98,6 +106,38 @@ class Launch:
         if paths:
             added["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         return added
+
+
+class Program(Protocol):
+    """What can be started as a server of this machine: `Launch`, or a router's."""
+
+    @property
+    def kind(self) -> Kind:
+        """In whose environment it is."""
+        ...
+
+    @property
+    def python(self) -> Path: ...
+
+    @property
+    def port(self) -> int: ...
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        ...
+
+    @property
+    def ready(self) -> str:
+        """The path that answers as soon as it serves."""
+        ...
+
+    def words(self) -> list[str]: ...
+
+    def environment(self) -> dict[str, str]: ...
 
 
 def _sglang(launch: Launch) -> Sequence[str]:
@@ -177,13 +217,13 @@ def free_port() -> int:
 class ServerProcess:
     """A server that was started here. Its process group ends with `stop`, whatever it does."""
 
-    def __init__(self, launch: Launch, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, launch: Program, process: subprocess.Popen[bytes], log: Path) -> None:
         self.launch = launch
         self.log = log
         self._process = process
 
     @classmethod
-    def start(cls, launch: Launch, log: Path) -> ServerProcess:
+    def start(cls, launch: Program, log: Path) -> ServerProcess:
         """Start it; it does not answer yet. Raises `UsageError` for a port in use, a missing environment, a log that
         cannot be written."""
         if not launch.python.is_file():
@@ -237,12 +277,12 @@ class ServerProcess:
         async with httpx.AsyncClient(base_url=self.launch.url, timeout=5, trust_env=False) as client:  # past any proxy
             while time.monotonic() < deadline:
                 if not self.running:
-                    raise InfraError(f"{self._name} did not start: {self.ending()}")
+                    raise InfraError(f"{self.launch.name} did not start: {self.ending()}")
                 with contextlib.suppress(httpx.HTTPError):
-                    if (await client.get(_READY[self.launch.kind])).status_code == 200:
+                    if (await client.get(self.launch.ready)).status_code == 200:
                         return
                 await asyncio.sleep(0.5)
-        raise InfraError(f"{self._name} does not answer after {seconds:g} s: {self.last_words()}")
+        raise InfraError(f"{self.launch.name} does not answer after {seconds:g} s: {self.last_words()}")
 
     def ending(self) -> str:
         """How it ended, with its last words where it had any."""
@@ -277,10 +317,6 @@ class ServerProcess:
                 await asyncio.sleep(0.05)
             else:
                 return
-
-    @property
-    def _name(self) -> str:
-        return f"the {self.launch.kind} server of {self.launch.model}"
 
 
 def members(group: int) -> list[int]:

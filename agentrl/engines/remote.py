@@ -80,6 +80,8 @@ class RemoteEngine:
         self._up = asyncio.Event()
         self._up.set()
         self._lost_all: AgentRLError | None = None
+        self.front: ModelServer | None = None  # a router that requests go through
+        self.fronted = False  # it is there now
         self.on_close: Callable[[], Coroutine[Any, Any, None]] | None = None  # what ends with the engine
         self._suspicions = {server: asyncio.Event() for server in self.servers}
         self._numbers = itertools.count()
@@ -183,6 +185,8 @@ class RemoteEngine:
 
     def where(self, session: str) -> str:
         """Where a session's requests go, for people."""
+        if self.front is not None and self.fronted:
+            return self.front.name
         server = self._routes.server_of(session)
         return server.name if server is not None else "any server"
 
@@ -196,10 +200,10 @@ class RemoteEngine:
     async def _asked(
         self, session: str, group: str, ask: Callable[[ModelServer, str], Coroutine[Any, Any, Answer]]
     ) -> Answer:
-        """What a server answers; asked again, perhaps of another one, where it breaks on the way."""
+        """What a server answers; asked again, past a router and perhaps of another one, where it breaks."""
         for tries_left in range(TRIES - 1, -1, -1):
             try:
-                async with self._request(session, group) as (server, rid):
+                async with self._request(session, group, first=tries_left == TRIES - 1) as (server, rid):
                     answer = await self._call(server, ask(server, rid))
                     if not _given_up(answer) or rid in self._aborted:
                         return answer
@@ -215,17 +219,23 @@ class RemoteEngine:
         raise AssertionError("unreachable: the last try returns or raises")
 
     @contextlib.asynccontextmanager
-    async def _request(self, session: str, group: str) -> AsyncIterator[tuple[ModelServer, str]]:
-        """A running request: counted, and aborted where its caller is cancelled."""
+    async def _request(self, session: str, group: str, *, first: bool) -> AsyncIterator[tuple[ModelServer, str]]:
+        """A running request: counted, and aborted where its caller is cancelled, or where it broke on its way through a
+        router: a server may go on with it."""
         await self._admitted()
-        server = self._routes.find(session, group)
+        through = first and self.fronted
+        server = self.front if through and self.front is not None else self._routes.find(session, group)
         rid = f"{self._prefix}-{next(self._numbers)}"
         self._rids.setdefault(session, {})[rid] = server
-        self._routes.running[server] += 1
+        self._routes.running[server] = self._routes.running.get(server, 0) + 1
         try:
             yield server, rid
         except asyncio.CancelledError:
             if rid not in self._aborted and server not in self._routes.down:
+                await self._tell_off(server, rid)
+            raise
+        except InfraError:
+            if server is self.front:
                 await self._tell_off(server, rid)
             raise
         finally:
@@ -252,6 +262,25 @@ class RemoteEngine:
             self._up.clear()
         for call in self._calls[server]:
             call.cancel()
+        self.lose_front(gone=False)
+
+    def attach(self, front: ModelServer) -> None:
+        """Let requests go through a router. It has the servers that are up."""
+        self._calls[front], self._suspicions[front] = set(), asyncio.Event()
+        self.front, self.fronted = front, True
+
+    def lose_front(self, *, gone: bool = True) -> None:
+        """The router is `gone`, or a server behind it: nobody knows which requests it had, and all are asked again."""
+        if self.front is not None:
+            self.fronted = self.fronted and not gone
+            for call in self._calls[self.front]:
+                call.cancel()
+            self.suspect(self.front)
+
+    @property
+    def up(self) -> list[ModelServer]:
+        """The servers that serve now."""
+        return self._routes.up
 
     async def regain(self, server: ModelServer) -> None:
         """A server answers again: bring it to the present weights, and send requests there again."""
@@ -259,6 +288,8 @@ class RemoteEngine:
             await self._catch_up(server)
             self._routes.down.pop(server, None)
             self._up.set()
+            if self.front is not None:
+                self.suspect(self.front)  # it may send requests there again
 
     @property
     def updating(self) -> bool:
@@ -452,7 +483,7 @@ class RemoteEngine:
             self.on_close = None
         for telling in self._farewells:
             telling.cancel()
-        await asyncio.gather(*(server.close() for server in self.servers))
+        await asyncio.gather(*(server.close() for server in (*self.servers, *([self.front] if self.front else []))))
         if self._own_folder:
             await asyncio.to_thread(shutil.rmtree, self._folder, True)
 

@@ -40,7 +40,7 @@ class SGLangServer:
         self._adapters = Adapters()
         self._keeps = False  # paused in place: running requests keep their keys and values
         self._cache = ""  # tells what is cached now from what older weights left there
-        self._sooner = 0  # the sign of a larger priority's number; 0: it was not started to heed any
+        self.sooner = 0  # the sign of a larger priority's number; 0: it was not started to heed any
 
     @property
     def url(self) -> str:
@@ -61,7 +61,7 @@ class SGLangServer:
             longest = min(int(served["max_model_len"]), int(about["max_req_input_len"]) + 1)
             heeds = bool(about.get("enable_priority_scheduling"))
             found = ServerInfo("sglang", version, str(about["model_path"]), longest, priorities=heeds)
-            self._sooner = (-1 if about.get("schedule_low_priority_values_first") else 1) if heeds else 0
+            self.sooner = (-1 if about.get("schedule_low_priority_values_first") else 1) if heeds else 0
         except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
             sentence = (
                 f"what answers at {self.url} is no SGLang server, or one without /server_info; this needs "
@@ -86,14 +86,14 @@ class SGLangServer:
         }
         if self._top:
             body["top_logprobs_num"] = self._top
-        if self._sooner:  # elsewhere it would be ignored, or refused (--abort-on-priority-when-disabled)
-            body["priority"] = self._sooner * request.priority
+        if self.sooner:  # elsewhere it would be ignored, or refused (--abort-on-priority-when-disabled)
+            body["priority"] = self.sooner * request.priority
         if request.images:
             body["image_data"] = [image.data_url for image in request.images]
         with self._adapters.held() as adapter:
-            return labelled(
-                self._generation(await self._http.post("/generate", self._for(body, adapter), seconds=None)), adapter
-            )
+            asked = self._for(body, adapter)
+            reply = await self._http.post("/generate", asked, seconds=None, headers=self._headers(request))
+            return labelled(self._generation(reply), adapter)
 
     async def score(self, ids: Ids, start: int) -> Floats:
         body: dict[str, Any] = {
@@ -227,6 +227,10 @@ class SGLangServer:
         return (
             body | ({"lora_path": adapter[0]} if adapter else {}) | ({"extra_key": self._cache} if self._cache else {})
         )
+
+    def _headers(self, request: Request) -> dict[str, str] | None:
+        """For one who stands before the server."""
+        return None
 
     async def sleep(self) -> None:
         await self.pause()  # retracted: a request that still holds memory would end the whole server

@@ -19,12 +19,13 @@ from agentrl.chaos import Chaos, Unreliable
 from agentrl.config import Config
 from agentrl.engines import Engine
 from agentrl.engines.install import python_of
-from agentrl.engines.keeper import Keeper, Post, start
-from agentrl.engines.launch import LORA_TARGETS, Device, Launch, free_port, spread
+from agentrl.engines.keeper import Gate, Keeper, Post, start
+from agentrl.engines.launch import LORA_TARGETS, Device, Launch, ServerProcess, free_port, spread
 from agentrl.engines.local import LocalEngine
 from agentrl.engines.memory import check_fits, trainer_bytes
-from agentrl.engines.options import LaunchOptions, LocalOptions, ServerOptions
+from agentrl.engines.options import LaunchOptions, LocalOptions, ServerOptions, SGLangOptions
 from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.router import Router, RouterLaunch, check_installed
 from agentrl.engines.servers import ModelServer
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
@@ -162,10 +163,16 @@ async def _served(
     except BaseException:
         await asyncio.shield(_end(posts, place, folder))
         raise
-    restarts = options.launch.restarts if options.launch is not None else 0
+    try:
+        gate = await _gate(options, posts, engine, place, chaos)
+    except BaseException:
+        await asyncio.shield(engine.close())
+        await asyncio.shield(_end(posts, place, folder))
+        raise
+    restarts = options.launch.restarts if options.launch is not None else LaunchOptions().restarts  # the router's
     if chaos is not None:
         _arm(chaos, posts)
-    keeper = Keeper(engine, posts, tell, patience=patience_of(config, options), restarts=restarts)
+    keeper = Keeper(engine, posts, tell, patience=patience_of(config, options), restarts=restarts, gate=gate)
 
     async def end() -> None:
         await keeper.close()
@@ -173,6 +180,29 @@ async def _served(
 
     engine.on_close = end
     return engine
+
+
+async def _gate(
+    options: ServerOptions, posts: Sequence[Post], engine: RemoteEngine, place: Path, chaos: Chaos | None
+) -> Gate | None:
+    """A router before the servers, where the configuration wants one. Raises `UsageError`, `InfraError`."""
+    if not isinstance(options, SGLangOptions) or options.router == "client":
+        return None
+    python = server_python("sglang", options.launch or LaunchOptions())
+    check_installed(python)
+    device = server_device(options.launch or LaunchOptions())
+    launch = RouterLaunch(python, free_port(), free_port(), options.router, device)
+    process = ServerProcess.start(launch, place / "logs" / "router.log")
+    servers = [post.server for post in posts if isinstance(post.server, SGLangServer)]
+    router = Router(process.launch.url, servers, lambda: engine.up, top_logprobs=options.top_logprobs, chaos=chaos)
+    try:
+        await process.ready()
+        await router.match([server.url for server in servers])
+    except BaseException:
+        await asyncio.shield(asyncio.gather(process.stop(), router.close()))
+        raise
+    engine.attach(router)
+    return Gate(router, process)
 
 
 async def _recognise(policy: Policy, posts: Sequence[Post]) -> None:
