@@ -36,6 +36,8 @@ class Request:
     engine feeds them as if it had sampled them and returns their log-probs, so that an episode
     rebuilt after a crash continues with the very same numbers. `images` are the pictures of the whole context in order,
     and `places` where in `ids` the placeholders of each stand, [start, stop): as many as its size asks for.
+    `priority`: of the requests that wait for a place to run, the one with the largest number starts first, and of equal
+    ones the one that came first. It stops nothing that runs, and changes no request's numbers.
     """
 
     ids: Ids
@@ -45,6 +47,7 @@ class Request:
     forced: Ids | None = None
     images: tuple[Image, ...] = ()
     places: tuple[tuple[int, int], ...] = ()
+    priority: int = 0
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.places):
@@ -80,8 +83,8 @@ class Generation:
 class Capabilities:
     """What an engine can do; checked when the configuration is read. `forced`: it takes `Request.forced`.
     `images`: its model takes pictures. `score_temperature`: it scores at other temperatures than 1. `truncation`: it
-    takes top-k and top-p. `cache_block`: tokens that its prefix cache keeps together. `in_flight`: what becomes of
-    running requests at an update. `max_context` 0: it has no limit of its own."""
+    takes top-k and top-p. `cache_block`: tokens that its prefix cache keeps together. `priorities`: it heeds
+    `Request.priority`. `in_flight`: what becomes of running requests at an update. `max_context` 0: it has no limit of its own."""
 
     token_ids: bool = True
     logprobs: bool = True
@@ -93,6 +96,7 @@ class Capabilities:
     score_temperature: bool = True
     truncation: bool = True
     cache_block: int = 1
+    priorities: bool = True
     in_flight: Crossing = "retract"
     max_context: int = 0
 

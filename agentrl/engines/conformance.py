@@ -25,6 +25,7 @@ from agentrl.trajectory import Floats, Ids, Sampling, as_ids
 PLAIN = Sampling(max_tokens=24)
 ROUGH = 100.0  # times the tolerance: the two ways that servers have to resize a picture differ by a few 1e-4 nats
 _BLIND = Image(b"an engine of text does not look at it")
+MOST_AT_ONCE = 512  # requests with which an engine is filled
 FAR = 0.05  # nats by which two versions of the weights must differ for a mix-up to show
 
 
@@ -98,10 +99,12 @@ class Exam:
             found: Floats = logps[torch.arange(start - 1, len(ids) - 1), batch[0, start:]].numpy()
             return found
 
-    async def sample(self, ids: Ids, sampling: Sampling = PLAIN, session: str = "", group: str = "") -> Generation:
+    async def sample(
+        self, ids: Ids, sampling: Sampling = PLAIN, session: str = "", group: str = "", priority: int = 0
+    ) -> Generation:
         name = session or f"exam-{self.rng.integers(1 << 40):x}"
         try:
-            return await self.engine.generate(Request(ids, sampling, name, group))
+            return await self.engine.generate(Request(ids, sampling, name, group, priority=priority))
         finally:
             if not session:
                 await self.engine.release(name)
@@ -391,6 +394,63 @@ async def prefix_reuse(exam: Exam) -> str:
     return f"{share:.1%} over 6 turns"
 
 
+async def priorities(exam: Exam) -> str:
+    """Of those that wait in a full engine, the last to come is served first where its priority is the largest."""
+    if not exam.engine.capabilities.priorities:
+        return "none: it serves requests in the order in which they come"
+    for _ in range(5):
+        if (said := await _in_turn(exam)) is not None:
+            return said
+    raise AssertionError("it stays full for too short a time to tell who is served first")
+
+
+async def _in_turn(exam: Exam) -> str | None:
+    """Fill the engine, and see who gets the places that become free; None where others become free by themselves."""
+    most = exam.engine.capabilities.max_context - 8
+    full: list[asyncio.Task[Generation]] = []
+    others: list[asyncio.Task[Generation]] = []
+
+    async def waiting(n: int) -> bool:
+        """Whether `n` requests come to wait before any of the long ones ends."""
+        while int((await exam.engine.health())["waiting"]) < n:
+            if any(task.done() for task in full):
+                return False
+            await asyncio.sleep(0.005)
+        return True
+
+    try:
+        waits = 0
+        while not waits:
+            if len(full) >= MOST_AT_ONCE:
+                return f"{len(full)} requests run at once here, and none waits"
+            full += [_begin(exam, most, priority=-3) for _ in range(128)]
+            await _until(exam, 1)
+            await asyncio.sleep(0.2)
+            waits = int((await exam.engine.health())["waiting"])
+        low = [_begin(exam, 8, priority=-2) for _ in range(4)]
+        others += low
+        if not await waiting(waits + 4):
+            return None
+        high = _begin(exam, 4, priority=-1)
+        others.append(high)
+        if not await waiting(waits + 5):
+            return None
+        for one in full:
+            one.cancel()
+            await asyncio.wait(others, timeout=0.1, return_when="FIRST_COMPLETED")
+            if any(task.done() and not task.cancelled() for task in full):
+                return None
+            if any(other.done() for other in others):
+                break
+        early = sum(other.done() for other in low)
+        must(not early, f"{early} requests of a lower priority were served before the highest")
+        return f"the last to come was served first, before the {waits + 4} that waited"
+    finally:
+        await exam.engine.abort()
+        await asyncio.gather(*full, *others, return_exceptions=True)
+        await _until(exam, 0)
+
+
 async def abort_running(exam: Exam) -> str:
     long = replace(PLAIN, max_tokens=exam.engine.capabilities.max_context - 8)
     ids = exam.prompt(8)
@@ -529,6 +589,11 @@ async def sleeping(exam: Exam) -> str:
     return f"new weights to {worst:.1e}, the first again to {exam.compare(ids, await exam.sample(ids)):.1e}"
 
 
+def _begin(exam: Exam, tokens: int, priority: int) -> asyncio.Task[Generation]:
+    """A short request on its way."""
+    return asyncio.create_task(exam.sample(exam.prompt(8), replace(PLAIN, max_tokens=tokens), priority=priority))
+
+
 async def _until(exam: Exam, running: int) -> None:
     """Wait until at least `running` requests are being served, or for 0 none. Raises `AssertionError` after 20 s."""
     deadline = time.monotonic() + 20.0
@@ -552,6 +617,7 @@ CHECKS: dict[str, Callable[[Exam], Awaitable[str]]] = {
     "bad ids": bad_ids,
     "concurrent load": concurrent_load,
     "prefix reuse": prefix_reuse,
+    "priorities": priorities,
     "abort while running": abort_running,
     "abort while queued": abort_queued,
     "cancelled callers": cancellation,

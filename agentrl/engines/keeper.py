@@ -19,12 +19,22 @@ import httpx
 from agentrl.engines.http import Refused
 from agentrl.engines.launch import Launch, ServerProcess
 from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.router import Router
 from agentrl.engines.servers import ModelServer
 from agentrl.errors import AgentRLError, InfraError, RunFailed, UsageError
 
 LOOK_SECONDS = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds before a server is started again
 Tell = Callable[[str], None]
+
+
+@dataclass(slots=True, eq=False)
+class Gate:
+    """A router's place, before all servers, and its process."""
+
+    router: Router
+    process: ServerProcess
+    restarts: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -69,10 +79,18 @@ class Keeper:
     Args:
         patience: seconds without a sign of life after which a server counts as hung.
         restarts: how often each server is started again before it is given up.
+        gate: the router that the engine's requests go through. While it is gone they go past it.
     """
 
     def __init__(
-        self, engine: RemoteEngine, posts: Sequence[Post], tell: Tell, *, patience: float, restarts: int
+        self,
+        engine: RemoteEngine,
+        posts: Sequence[Post],
+        tell: Tell,
+        *,
+        patience: float,
+        restarts: int,
+        gate: Gate | None = None,
     ) -> None:
         self.engine = engine
         self.posts = tuple(posts)
@@ -80,24 +98,30 @@ class Keeper:
         self._patience = patience
         self._restarts = restarts
         self._gone: set[ModelServer] = set()
+        self.gate = gate
         self._tasks = [asyncio.create_task(self._keep(post), name=f"keeper of {post.server.url}") for post in posts]
+        if gate is not None:
+            self._tasks.append(asyncio.create_task(self._keep_gate(gate), name="keeper of the router"))
 
     async def close(self) -> None:
         """Stop keeping, and end the servers that were started here."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(post.process.stop() for post in self.posts if post.process is not None))
+        processes = [post.process for post in self.posts] + ([self.gate.process] if self.gate is not None else [])
+        await asyncio.gather(*(process.stop() for process in processes if process is not None))
 
     async def _keep(self, post: Post) -> None:
         try:
             await self._kept(post)
-        except AgentRLError as error:  # another server stands there now, or it does not take the weights
+        except UsageError as error:  # another server stands there now, or it does not take the weights
+            self._gives_up(post, f"{post.server.name} is given up: {error}", error)
+        except AgentRLError as error:
             self.engine.give_up(error)
 
     async def _kept(self, post: Post) -> None:
         while True:
-            await self._rest(post)
+            await self._rest(post.server)
             why = await self._examine(post)
             if why is None:
                 if self.engine.has_lost(post.server):  # it broke in something that all servers were asked
@@ -119,11 +143,11 @@ class Keeper:
             await asyncio.sleep(FIRST_PAUSE)
             self.engine.suspect(post.server)
 
-    async def _rest(self, post: Post) -> None:
+    async def _rest(self, server: ModelServer) -> None:
         """Until it is time to look, or a request broke there."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_SECONDS):
-                await self.engine.suspected(post.server)
+                await self.engine.suspected(server)
 
     async def _examine(self, post: Post) -> str | None:
         """Why the server is lost; None where it lives."""
@@ -153,9 +177,12 @@ class Keeper:
             try:
                 if post.process is not None:
                     if post.restarts >= self._restarts:
-                        return self._gives_up(post)
+                        times = f"{post.server.name} died {post.restarts + 1} times and is given up"
+                        self._gives_up(post, f"{times}: {post.process.ending()}")
+                        return False
                     post.restarts += 1
                     await post.process.stop(gently=False)
+                    await self._shut_out()  # it will answer before it has the present weights
                     post.process = _again(post.process)
                     await post.process.ready()
                 await post.server.alive(self._patience)
@@ -168,11 +195,53 @@ class Keeper:
             await asyncio.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _gives_up(self, post: Post) -> bool:
+    async def _shut_out(self) -> None:
+        """Let the router know which servers serve now; one that does not listen is not used until it does."""
+        if self.gate is None or not self.engine.fronted:
+            return
+        try:
+            await self.gate.router.match([server.url for server in self.engine.up])
+        except (InfraError, Refused):
+            self.engine.lose_front()
+
+    async def _keep_gate(self, gate: Gate) -> None:
+        pause = FIRST_PAUSE
+        silent = time.monotonic()
+        while True:
+            await self._rest(gate.router)
+            try:
+                if not gate.process.running:
+                    raise InfraError(gate.process.ending())
+                await gate.router.alive(self._patience)
+                await gate.router.match([server.url for server in self.engine.up])
+                if not self.engine.fronted:
+                    self.engine.fronted = True
+                    self._tell(f"{gate.router.name} is back")
+                pause, silent = FIRST_PAUSE, time.monotonic()
+                continue
+            except (InfraError, Refused) as error:
+                why = str(error)
+            if self.engine.fronted:
+                self._tell(f"{gate.router.name} is lost, and requests go past it: {why}")
+            self.engine.lose_front()
+            if gate.process.running and time.monotonic() - silent < self._patience:
+                await asyncio.sleep(FIRST_PAUSE)
+                continue
+            if gate.restarts >= self._restarts:
+                return self._tell(f"{gate.router.name} died {gate.restarts + 1} times and is given up")
+            gate.restarts += 1
+            await gate.process.stop(gently=False)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+            with contextlib.suppress(InfraError):
+                gate.process = _again(gate.process)
+                await gate.process.ready()
+                silent = time.monotonic()
+            self.engine.suspect(gate.router)
+
+    def _gives_up(self, post: Post, sentence: str, error: UsageError | None = None) -> None:
+        """Go on without a server; with the last of them every request ends with `error`."""
         self._gone.add(post.server)
-        words = post.process.ending() if post.process is not None else "no answer"
-        sentence = f"{post.server.name} died {post.restarts + 1} times and is given up: {words}"
         self._tell(sentence)
         if len(self._gone) == len(self.posts):
-            self.engine.give_up(RunFailed(sentence))
-        return False
+            self.engine.give_up(error or RunFailed(sentence))

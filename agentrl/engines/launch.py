@@ -20,7 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import httpx
 
@@ -48,7 +48,8 @@ class Launch:
 
     `python`: that of the server's own environment. `cores`: those that a server on a CPU computes on. `lora_rank`:
     that of the largest adapter it takes (0: none), on the modules whose names end in `lora_targets` (vLLM: on any).
-    `flags` come last, and so override what stands here.
+    `accelerators`: which of those that this process sees, one after another; empty: the first ones. `flags` come last,
+    and so override what stands here.
     """
 
     kind: Kind
@@ -62,11 +63,20 @@ class Launch:
     memory_fraction: float = 0.85
     lora_rank: int = 0
     lora_targets: tuple[str, ...] = LORA_TARGETS
+    accelerators: tuple[int, ...] = ()
     flags: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
+
+    @property
+    def name(self) -> str:
+        return f"the {self.kind} server of {self.model}"
+
+    @property
+    def ready(self) -> str:
+        return _READY[self.kind]
 
     def words(self) -> list[str]:
         """The command line."""
@@ -92,9 +102,45 @@ class Launch:
             added |= {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
             added |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"} if self.lora_rank else {}
             paths.append(SHIMS / "vllm")
+        if self.kind == "vllm" and self.device == "cuda" and self.accelerators:
+            seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+            mine = [seen[n] if n < len(seen) and seen[n] else str(n) for n in self.accelerators]
+            added["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
         if paths:
             added["PYTHONPATH"] = os.pathsep.join(map(str, paths))
         return added
+
+
+class Program(Protocol):
+    """What can be started as a server of this machine: `Launch`, or a router's."""
+
+    @property
+    def kind(self) -> Kind:
+        """In whose environment it is."""
+        ...
+
+    @property
+    def python(self) -> Path: ...
+
+    @property
+    def port(self) -> int: ...
+
+    @property
+    def url(self) -> str: ...
+
+    @property
+    def name(self) -> str:
+        """What it is, for people."""
+        ...
+
+    @property
+    def ready(self) -> str:
+        """The path that answers as soon as it serves."""
+        ...
+
+    def words(self) -> list[str]: ...
+
+    def environment(self) -> dict[str, str]: ...
 
 
 def _sglang(launch: Launch) -> Sequence[str]:
@@ -103,6 +149,8 @@ def _sglang(launch: Launch) -> Sequence[str]:
     words += ["--skip-server-warmup", "--sleep-on-idle"]
     if sees(launch.model):
         words += ["--image-processor-backend", "pil"]  # the trainer's: the other one resizes a little differently
+    if not any(flag.startswith("--schedule-policy") for flag in launch.flags):  # only its default heeds priorities
+        words += ["--enable-priority-scheduling", "--disable-priority-preemption", "--default-priority-value", "0"]
     if launch.lora_rank:
         words += ["--enable-lora", "--max-lora-rank", str(launch.lora_rank), "--max-loras-per-batch", str(ADAPTERS)]
         words += ["--lora-target-modules", *launch.lora_targets]
@@ -111,6 +159,8 @@ def _sglang(launch: Launch) -> Sequence[str]:
         words += ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
         words += ["--grammar-backend", "none", "--disable-overlap-schedule"]
         return [*words, "--mem-fraction-static", "0.1", "--max-total-tokens", "65536"]
+    if launch.accelerators:  # it still sees the others: handles of tensors come from the trainer's
+        words += ["--base-gpu-id", str(launch.accelerators[0])]
     if launch.lora_rank:
         words += ["--enable-weights-cpu-backup"]  # no update brings the base model back after a sleep
     return [*words, "--mem-fraction-static", f"{launch.memory_fraction:g}", "--enable-memory-saver"]
@@ -120,7 +170,7 @@ def _vllm(launch: Launch) -> Sequence[str]:
     words = ["-m", "vllm.entrypoints.launchers.api_server.entry", f"--model={launch.model}", f"--host={LOOPBACK}"]
     words += [f"--port={launch.port}", f"--dtype={launch.dtype}", f"--seed={launch.seed}", "--enable-prefix-caching"]
     words += ["--logprobs-mode=processed_logprobs", "--enable-scale-out", "--enable-prompt-tokens-details"]
-    words += ["--no-enable-log-requests", "--disable-uvicorn-access-log"]
+    words += ["--no-enable-log-requests", "--disable-uvicorn-access-log", "--scheduling-policy=priority"]
     words += ['--mm-processor-kwargs={"use_fast": false}'] if sees(launch.model) else []  # pictures as the trainer's
     words += ["--worker-extension-cls=agentrl_weights.Extension", '--weight-transfer-config={"backend": "agentrl"}']
     if launch.lora_rank:
@@ -136,6 +186,33 @@ def _vllm(launch: Launch) -> Sequence[str]:
     return [*words, f"--gpu-memory-utilization={launch.memory_fraction:g}", "--enable-sleep-mode"]
 
 
+def spread(servers: int, flags: Sequence[str], seen: int, own: int | None, *, beside: bool) -> list[tuple[int, ...]]:
+    """The accelerators of each server, out of `seen`: as many as its flags ask for (tensor times pipeline parallel).
+
+    No two servers share one as long as there are enough. The trainer's `own` comes last, or with `beside` first: where
+    servers sleep during its updates. Raises `UsageError` where the flags ask for more than there are.
+    """
+    each = _flag(flags, "--tp", "--tp-size", "--tensor-parallel-size", "-tp")
+    each *= _flag(flags, "--pp", "--pp-size", "--pipeline-parallel-size", "-pp")
+    if each > seen:
+        raise UsageError(
+            f"a server's flags ask for {each} accelerators, and {seen} are here", where="engine.launch.flags"
+        )
+    places = [tuple(range(first, first + each)) for first in range(0, seen - each + 1, each)]
+    places.sort(key=lambda place: (own in place) != beside)
+    return [places[number % len(places)] for number in range(servers)]
+
+
+def _flag(flags: Sequence[str], *names: str) -> int:
+    """The number that a flag gives, 1 without it. The last one counts."""
+    found = 1
+    for word, after in zip(flags, [*flags[1:], ""], strict=False):
+        name, _, value = word.partition("=")
+        if name in names and (value or after).isdigit():
+            found = int(value or after)
+    return found
+
+
 def free_port() -> int:
     """A port of the loopback that is free now."""
     with socket.socket() as probe:
@@ -146,13 +223,13 @@ def free_port() -> int:
 class ServerProcess:
     """A server that was started here. Its process group ends with `stop`, whatever it does."""
 
-    def __init__(self, launch: Launch, process: subprocess.Popen[bytes], log: Path) -> None:
+    def __init__(self, launch: Program, process: subprocess.Popen[bytes], log: Path) -> None:
         self.launch = launch
         self.log = log
         self._process = process
 
     @classmethod
-    def start(cls, launch: Launch, log: Path) -> ServerProcess:
+    def start(cls, launch: Program, log: Path) -> ServerProcess:
         """Start it; it does not answer yet. Raises `UsageError` for a port in use, a missing environment, a log that
         cannot be written."""
         if not launch.python.is_file():
@@ -206,12 +283,12 @@ class ServerProcess:
         async with httpx.AsyncClient(base_url=self.launch.url, timeout=5, trust_env=False) as client:  # past any proxy
             while time.monotonic() < deadline:
                 if not self.running:
-                    raise InfraError(f"{self._name} did not start: {self.ending()}")
+                    raise InfraError(f"{self.launch.name} did not start: {self.ending()}")
                 with contextlib.suppress(httpx.HTTPError):
-                    if (await client.get(_READY[self.launch.kind])).status_code == 200:
+                    if (await client.get(self.launch.ready)).status_code == 200:
                         return
                 await asyncio.sleep(0.5)
-        raise InfraError(f"{self._name} does not answer after {seconds:g} s: {self.last_words()}")
+        raise InfraError(f"{self.launch.name} does not answer after {seconds:g} s: {self.last_words()}")
 
     def ending(self) -> str:
         """How it ended, with its last words where it had any."""
@@ -253,10 +330,6 @@ class ServerProcess:
                 await asyncio.sleep(0.05)
             else:
                 return
-
-    @property
-    def _name(self) -> str:
-        return f"the {self.launch.kind} server of {self.launch.model}"
 
 
 def members(group: int) -> list[int]:

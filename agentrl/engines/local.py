@@ -31,7 +31,7 @@ class LocalEngine:
 
     Args:
         model: copied, so that training it does not change what is sampled until `update_weights`.
-        rows: requests that run at once; more wait in the order in which they came.
+        rows: requests that run at once; more wait in the order of their priority, then in that in which they came.
         max_context: longest context + output in tokens; by default the model's own limit. Output is cut there.
         deterministic: a request's ids, log-probs and entropies follow from the request alone, to the bit, whatever
             runs beside it. Costs some padding.

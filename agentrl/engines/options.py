@@ -120,6 +120,23 @@ class SGLangOptions(ServerOptions):
     """SGLang servers, over HTTP."""
 
     type: Literal["sglang"] = "sglang"
+    router: Literal["client", "cache_aware", "manual"] = Field(
+        default="client",
+        description="who sends requests to several servers: this client, or sglang-router by that policy of its",
+    )
+
+    @model_validator(mode="after")
+    def _routed(self) -> SGLangOptions:
+        if self.router == "client":
+            return self
+        if (self.launch.servers if self.launch is not None else len(self.urls)) < 2:
+            raise ValueError(f"router: {self.router} does nothing with one server; remove it")
+        if self.sync == "adapter" or self.in_flight == "in_place":
+            what = "sync: adapter" if self.sync == "adapter" else "in_flight: in_place"
+            raise ValueError(f"with {what} each server has names of its own for what it caches: use router: client")
+        if self.api_key is not None:
+            raise ValueError("sglang-router is not given the servers' api_key: use router: client")
+        return self
 
 
 class VLLMOptions(ServerOptions):

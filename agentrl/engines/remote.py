@@ -71,6 +71,7 @@ class RemoteEngine:
         self._updating = asyncio.Lock()
         self._owing = False  # the next update sets the engine going: one failed, or it was asleep
         self._asleep = self._dozed = False
+        self._sleeping: dict[ModelServer, int] = {}  # told to sleep with this version, and not yet to wake
         self._routes = Routes(self.servers)
         self._rids: dict[str, dict[str, ModelServer]] = {}  # session -> its running requests
         self._calls: dict[ModelServer, set[asyncio.Future[Any]]] = {server: set() for server in self.servers}
@@ -79,6 +80,8 @@ class RemoteEngine:
         self._up = asyncio.Event()
         self._up.set()
         self._lost_all: AgentRLError | None = None
+        self.front: ModelServer | None = None  # a router that requests go through
+        self.fronted = False  # it is there now
         self.on_close: Callable[[], Coroutine[Any, Any, None]] | None = None  # what ends with the engine
         self._suspicions = {server: asyncio.Event() for server in self.servers}
         self._numbers = itertools.count()
@@ -121,6 +124,7 @@ class RemoteEngine:
             score_temperature=False,
             truncation=all(info.truncation for info in found),
             cache_block=max(info.cache_block for info in found),
+            priorities=all(info.priorities for info in found),
             in_flight="finish" if sync == "adapter" else in_flight or "retract",
             max_context=max_context or shortest.max_context,
             images=all(info.images for info in found),
@@ -187,6 +191,8 @@ class RemoteEngine:
 
     def where(self, session: str) -> str:
         """Where a session's requests go, for people."""
+        if self.front is not None and self.fronted:
+            return self.front.name
         server = self._routes.server_of(session)
         return server.name if server is not None else "any server"
 
@@ -200,10 +206,10 @@ class RemoteEngine:
     async def _asked(
         self, session: str, group: str, ask: Callable[[ModelServer, str], Coroutine[Any, Any, Answer]]
     ) -> Answer:
-        """What a server answers; asked again, perhaps of another one, where it breaks on the way."""
+        """What a server answers; asked again, past a router and perhaps of another one, where it breaks."""
         for tries_left in range(TRIES - 1, -1, -1):
             try:
-                async with self._request(session, group) as (server, rid):
+                async with self._request(session, group, first=tries_left == TRIES - 1) as (server, rid):
                     answer = await self._call(server, ask(server, rid))
                     if not _given_up(answer) or rid in self._aborted:
                         return answer
@@ -219,17 +225,23 @@ class RemoteEngine:
         raise AssertionError("unreachable: the last try returns or raises")
 
     @contextlib.asynccontextmanager
-    async def _request(self, session: str, group: str) -> AsyncIterator[tuple[ModelServer, str]]:
-        """A running request: counted, and aborted where its caller is cancelled."""
+    async def _request(self, session: str, group: str, *, first: bool) -> AsyncIterator[tuple[ModelServer, str]]:
+        """A running request: counted, and aborted where its caller is cancelled, or where it broke on its way through a
+        router: a server may go on with it."""
         await self._admitted()
-        server = self._routes.find(session, group)
+        through = first and self.fronted
+        server = self.front if through and self.front is not None else self._routes.find(session, group)
         rid = f"{self._prefix}-{next(self._numbers)}"
         self._rids.setdefault(session, {})[rid] = server
-        self._routes.running[server] += 1
+        self._routes.running[server] = self._routes.running.get(server, 0) + 1
         try:
             yield server, rid
         except asyncio.CancelledError:
             if rid not in self._aborted and server not in self._routes.down:
+                await self._tell_off(server, rid)
+            raise
+        except InfraError:
+            if server is self.front:
                 await self._tell_off(server, rid)
             raise
         finally:
@@ -256,6 +268,25 @@ class RemoteEngine:
             self._up.clear()
         for call in self._calls[server]:
             call.cancel()
+        self.lose_front(gone=False)
+
+    def attach(self, front: ModelServer) -> None:
+        """Let requests go through a router. It has the servers that are up."""
+        self._calls[front], self._suspicions[front] = set(), asyncio.Event()
+        self.front, self.fronted = front, True
+
+    def lose_front(self, *, gone: bool = True) -> None:
+        """The router is `gone`, or a server behind it: nobody knows which requests it had, and all are asked again."""
+        if self.front is not None:
+            self.fronted = self.fronted and not gone
+            for call in self._calls[self.front]:
+                call.cancel()
+            self.suspect(self.front)
+
+    @property
+    def up(self) -> list[ModelServer]:
+        """The servers that serve now."""
+        return self._routes.up
 
     async def regain(self, server: ModelServer) -> None:
         """A server answers again: bring it to the present weights, and send requests there again."""
@@ -263,6 +294,8 @@ class RemoteEngine:
             await self._catch_up(server)
             self._routes.down.pop(server, None)
             self._up.set()
+            if self.front is not None:
+                self.suspect(self.front)  # it may send requests there again
 
     @property
     def updating(self) -> bool:
@@ -388,6 +421,10 @@ class RemoteEngine:
             await self._catch_up(server)
 
     async def _catch_up(self, server: ModelServer) -> None:
+        if server in self._sleeping:  # it was out of reach when the others were woken
+            if (await server.health())["version"] == str(self._sleeping[server]):  # else it was started anew
+                await server.wake()
+            del self._sleeping[server]
         await server.pause(self._in_flight)
         await self._sync.catch_up(server)
         if self._open.is_set():
@@ -403,6 +440,7 @@ class RemoteEngine:
         self._asleep, self._dozed = True, self._open.is_set()
         try:
             self._open.clear()
+            self._sleeping |= dict.fromkeys(self._routes.up, self.version)
             await self._all(lambda server: server.sleep())
         except BaseException:
             self._get_up()
@@ -412,7 +450,8 @@ class RemoteEngine:
         if not self._asleep:
             return
         try:
-            await self._all(lambda server: server.wake())
+            for server in await self._all(lambda server: server.wake()):
+                del self._sleeping[server]
         finally:
             self._get_up()
         if self._dozed and self.capabilities.in_flight == "finish":
@@ -450,7 +489,7 @@ class RemoteEngine:
             self.on_close = None
         for telling in self._farewells:
             telling.cancel()
-        await asyncio.gather(*(server.close() for server in self.servers))
+        await asyncio.gather(*(server.close() for server in (*self.servers, *([self.front] if self.front else []))))
         if self._own_folder:
             await asyncio.to_thread(shutil.rmtree, self._folder, True)
 

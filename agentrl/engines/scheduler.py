@@ -78,10 +78,11 @@ class Scheduler:
         return bool(self.waiting or self.filling or self.rows.count)
 
     def submit(self, job: Job) -> None:
-        """Queue a request; requests start in the order in which they come."""
+        """Queue a request; those of one priority start in the order in which they come, those of larger ones before."""
         self.stats.requests += 1
         self.stats.prompt_tokens += int(job.request.ids.size)
-        self.waiting.append(job)
+        before = sum(other.request.priority >= job.request.priority for other in self.waiting)
+        self.waiting.insert(before, job)
 
     def running(self) -> list[Job]:
         """The jobs that decode."""

@@ -19,7 +19,7 @@ from agentrl.trajectory import Floats, Ids, VersionRun, as_floats
 class ServerInfo:
     """What a server says of itself. `max_context` is in tokens; `version` is the server's own, such as 0.5.23.
     `truncation`: log-probs are of the whole softmax under top-k and top-p too. `cache_block`: tokens that are cached
-    together. `images`: its model takes pictures."""
+    together. `images`: its model takes pictures. `priorities`: it was started so that it heeds them."""
 
     kind: str
     version: str
@@ -28,6 +28,7 @@ class ServerInfo:
     truncation: bool = True
     cache_block: int = 1
     images: bool = False
+    priorities: bool = False
 
 
 class ModelServer(Protocol):

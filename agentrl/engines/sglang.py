@@ -40,6 +40,7 @@ class SGLangServer:
         self._adapters = Adapters()
         self._keeps = False  # paused in place: running requests keep their keys and values
         self._cache = ""  # tells what is cached now from what older weights left there
+        self.sooner = 0  # the sign of a larger priority's number; 0: it was not started to heed any
 
     @property
     def url(self) -> str:
@@ -58,7 +59,10 @@ class SGLangServer:
             version, served = str(about["version"]), models["data"][0]
             # A prompt may be some tokens shorter than the context only; what fits both is what we may use.
             longest = min(int(served["max_model_len"]), int(about["max_req_input_len"]) + 1)
-            found = ServerInfo("sglang", version, str(about["model_path"]), longest, images=await self._sees())
+            heeds = bool(about.get("enable_priority_scheduling"))
+            folder = str(about["model_path"])
+            found = ServerInfo("sglang", version, folder, longest, images=await self._sees(), priorities=heeds)
+            self.sooner = (-1 if about.get("schedule_low_priority_values_first") else 1) if heeds else 0
         except (Refused, KeyError, IndexError, TypeError, ValueError) as error:
             sentence = (
                 f"what answers at {self.url} is no SGLang server, or one without /server_info; this needs "
@@ -90,12 +94,15 @@ class SGLangServer:
         }
         if self._top:
             body["top_logprobs_num"] = self._top
+        if self.sooner:  # elsewhere it would be ignored, or refused (--abort-on-priority-when-disabled)
+            body["priority"] = self.sooner * request.priority
         if request.images:
             body["input_ids"] = request.folded
             body["image_data"] = [image.data_url for image in request.images]
             body["return_prompt_token_ids"] = True  # where it cannot place a picture it tokenises the text anew
         with self._adapters.held() as adapter:
-            reply = await self._http.post("/generate", self._for(body, adapter), seconds=None)
+            asked = self._for(body, adapter)
+            reply = await self._http.post("/generate", asked, seconds=None, headers=self._headers(request))
         made = self._generation(reply)
         if request.images and made.finish != "abort":  # one that waited when it ended was never read
             check_seen(request, reply.get("prompt_token_ids"), self.name)
@@ -233,6 +240,10 @@ class SGLangServer:
         return (
             body | ({"lora_path": adapter[0]} if adapter else {}) | ({"extra_key": self._cache} if self._cache else {})
         )
+
+    def _headers(self, request: Request) -> dict[str, str] | None:
+        """For one who stands before the server."""
+        return None
 
     async def sleep(self) -> None:
         await self.pause()  # retracted: a request that still holds memory would end the whole server

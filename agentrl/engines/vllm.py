@@ -39,6 +39,7 @@ class VLLMServer:
         self._adapters = Adapters()
         self._keeps = False  # paused in place: running requests keep their keys and values
         self._cache = ""  # tells what is cached now from what older weights left there
+        self._heeds = False  # it was started to heed priorities
 
     @property
     def url(self) -> str:
@@ -69,7 +70,7 @@ class VLLMServer:
             except Refused as refused:
                 sentence = f"the vLLM server at {self.url} ({version}) has no {path}: it needs {needs}"
                 raise unlike(refused, self.url, sentence) from refused
-        self._eyes = await self._sees()
+        self._eyes, self._heeds = await self._about()
         block = re.search(r'vllm:cache_config_info\{.*?\bblock_size="(\d+)"', await self._http.text("/metrics"))
         return ServerInfo(
             "vllm",
@@ -79,15 +80,20 @@ class VLLMServer:
             truncation=False,
             cache_block=int(block[1]) if block else 16,
             images=self._eyes,
+            priorities=self._heeds,
         )
 
-    async def _sees(self) -> bool:
-        """Whether the model takes pictures. A server that does not tell counts as one of text."""
+    async def _about(self) -> tuple[bool, bool]:
+        """Whether the model takes pictures, and whether the server heeds priorities. One that does not tell counts as
+        one of text, and is sent none: it might refuse them."""
         try:
-            about = await self._http.get("/server_info?config_format=json")
-            return about["vllm_config"]["model_config"]["multimodal_config"] is not None
+            about = (await self._http.get("/server_info?config_format=json"))["vllm_config"]
+            return (
+                about["model_config"]["multimodal_config"] is not None,
+                about["scheduler_config"]["policy"] == "priority",
+            )
         except (Refused, KeyError, TypeError):
-            return False
+            return False, False
 
     async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
         if request.sampling.top_p < 1 or request.sampling.top_k:
@@ -104,6 +110,8 @@ class VLLMServer:
             body["token_ids"] = request.folded
             body["content_parts"] = [{"type": "image_url", "url": image.data_url} for image in request.images]
             body["return_token_ids"] = True
+        if self._heeds:
+            body["priority"] = -request.priority  # smaller is sooner there
         if self._cache:
             body["cache_salt"] = self._cache
         with self._adapters.held() as adapter:

@@ -88,8 +88,11 @@ class Actor(Protocol):
     max_context: int | None
     vocab_size: int
 
-    def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
-        """A conversation for the episode `session` in `group`, with the environment's tools."""
+    def open(
+        self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None, priority: int = 0
+    ) -> Conversation:
+        """A conversation for the episode `session` in `group`, with the environment's tools. `priority`: that of its
+        requests (`agentrl.engines.Request`)."""
 
 
 class Expert:
@@ -150,8 +153,10 @@ class PolicyActor:
         self.max_context: int | None = engine.capabilities.max_context or None
         self.requests: contextlib.AbstractAsyncContextManager[Any] = requests or contextlib.nullcontext()
 
-    def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
-        return _PolicyConversation(self, session, group, tools)
+    def open(
+        self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None, priority: int = 0
+    ) -> Conversation:
+        return _PolicyConversation(self, session, group, tools, priority)
 
 
 class TokenConversation:
@@ -197,11 +202,14 @@ class TokenConversation:
 
 
 class _PolicyConversation(TokenConversation):
-    def __init__(self, actor: PolicyActor, session: str, group: str, tools: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, actor: PolicyActor, session: str, group: str, tools: Sequence[dict[str, Any]], priority: int
+    ) -> None:
         super().__init__(actor.chat, tools, actor.name)
         self._actor = actor
         self._session = session
         self._group = group
+        self._priority = priority
 
     async def speak(self, max_tokens: int, seed: int, heard: str | None, recorded: Turn | None = None) -> Spoken | None:
         actor = self._actor
@@ -212,7 +220,9 @@ class _PolicyConversation(TokenConversation):
         else:
             forced = _recorded_reply(recorded).ids if recorded is not None else None
             images, places = self._dialogue.shown()
-            request = Request(ids_of(context), sampling, self._session, self._group, forced, images, places)
+            request = Request(
+                ids_of(context), sampling, self._session, self._group, forced, images, places, self._priority
+            )
             try:
                 async with actor.requests:
                     reply = await actor.engine.generate(request)
@@ -236,7 +246,7 @@ class _PolicyConversation(TokenConversation):
 
     async def fork(self, session: str) -> _PolicyConversation:
         await self._actor.engine.fork(self._session, session)
-        child = _PolicyConversation(self._actor, session, self._group, self._tools)
+        child = _PolicyConversation(self._actor, session, self._group, self._tools, self._priority)
         child._dialogue = self._dialogue.fork()
         return child
 
@@ -283,7 +293,9 @@ class ExpertActor:
         self.name = name
         self.origin = origin
 
-    def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
+    def open(
+        self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None, priority: int = 0
+    ) -> Conversation:
         if expert is None:
             raise EnvError("the episode has no scripted expert; this is a bug in the rollout manager")
         return _ExpertConversation(self, expert, tools)

@@ -53,7 +53,9 @@ class EndpointActor:
         )
         self._requests = asyncio.Semaphore(requests)
 
-    def open(self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None) -> Conversation:
+    def open(
+        self, session: str, group: str, tools: Sequence[dict[str, Any]], expert: Expert | None, priority: int = 0
+    ) -> Conversation:
         return _EndpointConversation(self, list(tools), [])
 
     async def ask(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class RolloutManager:
             group=play.group_id,
             task=draw.task,
             host=host,
-            conversation=actor.open(key.id, play.group_id, self._schemas, expert),
+            conversation=actor.open(key.id, play.group_id, self._schemas, expert, play.setting.priority),
             context=play.setting.context,
             limits=Limits(
                 max_turns=self.env.max_turns,

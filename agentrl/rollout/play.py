@@ -45,13 +45,14 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How a draw is played."""
+    """How a draw is played. `priority`: larger ones are given places, and the engine's, before others."""
 
     actor: Actor
     strategy: RolloutStrategy
     context: ContextPolicy
     recorded: Recorded
     keep: Keep | None = None
+    priority: int = 0
 
 
 class Play:
@@ -89,7 +90,7 @@ class Play:
         try:
             if not strategy.needs_fork:
                 return await strategy.run(self.draw, self)
-            async with places.take(self.draw.samples):
+            async with places.take(self.draw.samples, self.setting.priority):
                 return await strategy.run(self.draw, self)
         finally:
             await self._release()
@@ -102,7 +103,7 @@ class Play:
             return stored
         if self.setting.strategy.needs_fork:  # its group holds the places
             return await self._tried(sample)
-        async with self._manager.places.take():
+        async with self._manager.places.take(priority=self.setting.priority):
             return await self._tried(sample)
 
     async def begin(self, sample: int, retry: int = 0) -> LiveEpisode:

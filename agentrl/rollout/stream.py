@@ -82,9 +82,11 @@ class GroupStream:
         *,
         strategy: RolloutStrategy,
         context: ContextPolicy | None = None,
+        priority: int = 0,
     ) -> list[Flight]:
-        """Begin to play `draws`; they are admitted to places in the order of submission."""
-        setting = Setting(actor, strategy, context or AppendOnly(), self._recorded, self._keep)
+        """Begin to play `draws`. Those of larger priority are admitted to places before others, those of equal priority
+        in the order of submission."""
+        setting = Setting(actor, strategy, context or AppendOnly(), self._recorded, self._keep, priority)
         flights = []
         for draw in draws:
             self._tally.total += draw.samples

@@ -19,12 +19,13 @@ from agentrl.chaos import Chaos, Unreliable
 from agentrl.config import Config
 from agentrl.engines import Engine
 from agentrl.engines.install import python_of
-from agentrl.engines.keeper import Keeper, Post, start
-from agentrl.engines.launch import LORA_TARGETS, Device, Launch, free_port
+from agentrl.engines.keeper import Gate, Keeper, Post, start
+from agentrl.engines.launch import LORA_TARGETS, Device, Launch, ServerProcess, free_port, spread
 from agentrl.engines.local import LocalEngine
 from agentrl.engines.memory import check_fits, trainer_bytes
-from agentrl.engines.options import LaunchOptions, LocalOptions, ServerOptions
+from agentrl.engines.options import LaunchOptions, LocalOptions, ServerOptions, SGLangOptions
 from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.router import Router, RouterLaunch, check_installed
 from agentrl.engines.servers import ModelServer
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
@@ -177,10 +178,16 @@ async def _served(
     except BaseException:
         await asyncio.shield(_end(posts, place, folder))
         raise
-    restarts = options.launch.restarts if options.launch is not None else 0
+    try:
+        gate = await _gate(options, posts, engine, place, chaos)
+    except BaseException:
+        await asyncio.shield(engine.close())
+        await asyncio.shield(_end(posts, place, folder))
+        raise
+    restarts = options.launch.restarts if options.launch is not None else LaunchOptions().restarts  # the router's
     if chaos is not None:
         _arm(chaos, posts)
-    keeper = Keeper(engine, posts, tell, patience=patience_of(config, options), restarts=restarts)
+    keeper = Keeper(engine, posts, tell, patience=patience_of(config, options), restarts=restarts, gate=gate)
 
     async def end() -> None:
         await keeper.close()
@@ -188,6 +195,29 @@ async def _served(
 
     engine.on_close = end
     return engine
+
+
+async def _gate(
+    options: ServerOptions, posts: Sequence[Post], engine: RemoteEngine, place: Path, chaos: Chaos | None
+) -> Gate | None:
+    """A router before the servers, where the configuration wants one. Raises `UsageError`, `InfraError`."""
+    if not isinstance(options, SGLangOptions) or options.router == "client":
+        return None
+    python = server_python("sglang", options.launch or LaunchOptions())
+    check_installed(python)
+    device = server_device(options.launch or LaunchOptions())
+    launch = RouterLaunch(python, free_port(), free_port(), options.router, device)
+    process = ServerProcess.start(launch, place / "logs" / "router.log")
+    servers = [post.server for post in posts if isinstance(post.server, SGLangServer)]
+    router = Router(process.launch.url, servers, lambda: engine.up, top_logprobs=options.top_logprobs, chaos=chaos)
+    try:
+        await process.ready()
+        await router.match([server.url for server in servers])
+    except BaseException:
+        await asyncio.shield(asyncio.gather(process.stop(), router.close()))
+        raise
+    engine.attach(router)
+    return Gate(router, process)
 
 
 async def _recognise(policy: Policy, posts: Sequence[Post]) -> None:
@@ -238,8 +268,13 @@ async def _posts(
         await asyncio.to_thread(policy.save_hf, model)
     python, cores = server_python(kind, launch), sorted(os.sched_getaffinity(0))
     lora = config.model.lora if isinstance(config.model, HFModel) and options.sync == "adapter" else None
-    if device == "cuda" and device_of(config).type == "cuda":
-        _check_memory(config, policy, launch, sleeps=options.sleep)
+    places: list[tuple[int, ...]] = [()] * launch.servers
+    if device == "cuda" and torch.cuda.is_available():
+        trainer = device_of(config)
+        its = (trainer.index or 0) if trainer.type == "cuda" else None
+        places = spread(launch.servers, launch.flags, torch.cuda.device_count(), its, beside=options.sleep)
+        if its is not None:
+            _check_memory(config, policy, launch, sum(its in place for place in places), sleeps=options.sleep)
     launches = []
     for number in range(launch.servers):
         own = [cores[(-1 - n) % len(cores)] for n in range(number * launch.cores, (number + 1) * launch.cores)]
@@ -256,6 +291,7 @@ async def _posts(
                 memory_fraction=launch.memory_fraction,
                 lora_rank=lora.r if lora is not None else 0,
                 lora_targets=LORA_TARGETS if lora is None or isinstance(lora.targets, str) else tuple(lora.targets),
+                accelerators=places[number],
                 flags=launch.flags,
             )
         )
@@ -264,8 +300,8 @@ async def _posts(
     return [Post(client(process.launch.url), process) for process in processes]
 
 
-def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, *, sleeps: bool) -> None:
-    """Whether the trainer and a server fit on the accelerator that they share. Raises `UsageError`."""
+def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, beside: int, *, sleeps: bool) -> None:
+    """Whether the trainer and the servers `beside` it fit on its accelerator. Raises `UsageError`."""
     trained = sum(parameter.numel() for parameter in policy.trainable().values())
     needs = trainer_bytes(
         policy.base.num_parameters(),
@@ -274,7 +310,7 @@ def _check_memory(config: Config, policy: Policy, launch: LaunchOptions, *, slee
         master=False,
     )
     whole = torch.cuda.get_device_properties(device_of(config)).total_memory
-    share = launch.memory_fraction * launch.servers  # all of them start on it
+    share = launch.memory_fraction * beside
     check_fits(needs, device_bytes=whole, engine_fraction=share, sleeps=sleeps)
 
 

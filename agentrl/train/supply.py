@@ -4,9 +4,14 @@ Batch b is drawn with the sampler's step b, in order, and goes to play as soon a
 `max_staleness` (the admission rule of AReaL, arXiv 2505.24298, section 5.1). So with 0 rollouts and
 updates take turns, and with more they overlap. An update takes `prompts` groups: first those that were
 submitted `max_staleness` updates ago, whose oldest tokens may not get any older, then others in the order
-in which they finished. So no trained token is older than `max_staleness` updates, however long its
+in which they finished. Those that the updates up to their last one would have no place for count as the first, too:
+the batches that are drawn at the start are all of one age, and all have to be trained before they are too old,
+however fast later ones are. So no trained token is older than `max_staleness` updates, however long its
 episode takes: either the update waits for it (`overdue: wait`), or the group is dropped, counted, and
 another task is drawn in its place (`overdue: drop`, which favours short episodes).
+
+Where places or the engine are full, the batch of an earlier update goes first, for that update waits for it: older
+draws are played before newer ones. Evaluation, which every update waits for, goes before all of them.
 
 In total a stage submits as many groups as it trains (and one more for each that was dropped or asked for
 by an editor), so nothing is at play any more after its last update.
@@ -65,25 +70,41 @@ class Supply:
         began = time.perf_counter()
         stage, _ = self._stage.at(step)
         self._admit(step)
-        due = [flight for flight in self._open if flight.born <= self._version() - stage.max_staleness]
         need = min(stage.prompts, len(self._open))
-        wait_for_due = stage.overdue == "wait"
+        urgent = self._urgent(step, stage.max_staleness)
+        wait_for_urgent = stage.overdue == "wait"
         await self._stream.until(
             lambda: (
-                sum(flight.landed > 0 for flight in self._open) >= need
-                and not (wait_for_due and any(not flight.landed for flight in due))
+                _landed(self._open) >= need
+                and not (wait_for_urgent and any(_landed(flights) < min(n, need) for flights, n in urgent))
             )
         )
-        late = [flight for flight in due if not flight.landed]
+        chosen: list[Flight] = []
+        for flights, n in [*urgent, (self._open, need)]:
+            left = sorted((f for f in flights if f.landed and f not in chosen), key=lambda flight: flight.landed)
+            have = sum(flight in chosen for flight in flights)
+            chosen += left[: max(min(n, need) - have, 0)][: need - len(chosen)]
+        oldest = self._version() - stage.max_staleness
+        late = [] if wait_for_urgent else [f for f in self._open if f.born <= oldest and f not in chosen]
         self.dropped = [flight.play.group_id for flight in late]
         if late:
             await self._stream.drop(late)
             self._open = [flight for flight in self._open if flight not in late]
             self._draw(step, len(late))
-        landed = [flight for flight in self._open if flight.landed]
-        landed.sort(key=lambda flight: (flight not in due, flight.landed))
         self.waited = time.perf_counter() - began
-        return self._hand_out(landed[:need])
+        return self._hand_out(chosen)
+
+    def _urgent(self, step: int, bound: int) -> list[tuple[list[Flight], int]]:
+        """Of which flights how many must be trained now: those that may get no older, and of those that have some
+        updates left as many as these have no place for. The most urgent first."""
+        found, places = [], 0
+        for ahead in range(bound + 1):
+            if ahead:
+                places += self._stage.at(min(step + ahead, self._stage.steps - 1))[0].prompts
+            flights = [flight for flight in self._open if flight.born <= self._version() - bound + ahead]
+            if len(flights) > places:
+                found.append((flights, len(flights) - places))
+        return found
 
     async def refill(self, step: int, n: int) -> list[Group]:
         """`n` more groups for update `step`, drawn and played now."""
@@ -146,7 +167,13 @@ class Supply:
         flights = []
         for draw in draws:
             stage, _ = self._stage.at(draw.step)
-            (flight,) = self._stream.submit([draw], self._actor(stage), strategy=stage.strategy, context=stage.context)
+            (flight,) = self._stream.submit(
+                [draw],
+                self._actor(stage),
+                strategy=stage.strategy,
+                context=stage.context,
+                priority=-1 - draw.step,  # evaluation, and whatever else names none, has 0
+            )
             flight.born = born
             flights.append(flight)
         self._open += flights
@@ -156,6 +183,10 @@ class Supply:
         chosen = sorted(flights, key=lambda flight: (flight.draw.step, flight.draw.index))
         self._open = [flight for flight in self._open if flight not in chosen]
         return self._stream.take(chosen)
+
+
+def _landed(flights: Sequence[Flight]) -> int:
+    return sum(flight.landed > 0 for flight in flights)
 
 
 def usable(recorded: Recorded, version: int) -> Recorded:

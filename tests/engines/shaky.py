@@ -86,7 +86,7 @@ class Shaky:
         self.steps.append("wake")
 
     async def health(self) -> dict[str, Any]:
-        return {"running": 0, "waiting": 0, "version": self.version}
+        return {"running": 0, "waiting": 0, "version": str(self.version)}
 
     async def close(self) -> None:
         self.steps.append("close")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ def exam_of(engine_class: type[LocalEngine], tools: Any) -> list[Finding]:
     model = tools.make("qwen3")
 
     async def main() -> list[Finding]:
-        engine = engine_class(model)
+        engine = engine_class(model, rows=64)
         await engine.update_weights(dict(model.named_parameters()), 0)
         try:
             return await examine(Exam.of(engine, model, model.config.vocab_size))
@@ -40,8 +41,6 @@ class Hotter(LocalEngine):
     """Samples at another temperature than it was asked for."""
 
     async def generate(self, request: Request) -> Generation:
-        from dataclasses import replace
-
         return await super().generate(
             replace(request, sampling=replace(request.sampling, temperature=request.sampling.temperature * 1.1))
         )
@@ -82,6 +81,13 @@ class Forgetful(LocalEngine):
         return Generation(reply.ids, reply.logprobs, reply.finish, reply.versions, reply.entropies, reply.entropy, 0)
 
 
+class Fair(LocalEngine):
+    """Serves everybody in turn."""
+
+    async def generate(self, request: Request) -> Generation:
+        return await super().generate(replace(request, priority=0))
+
+
 class Rough(LocalEngine):
     """Scores with a little noise."""
 
@@ -98,6 +104,7 @@ class Rough(LocalEngine):
         (Forgets, {"sleep and wake"}),
         (Deaf, {"abort while running", "abort while queued"}),
         (Forgetful, {"prefix reuse"}),
+        (Fair, {"priorities"}),
         (Rough, {"score"}),
     ],
 )

@@ -9,13 +9,14 @@ import asyncio
 import os
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from agentrl import cli
 from agentrl.engines import install
-from agentrl.engines.launch import SHIMS, Launch, ServerProcess, free_port, members
+from agentrl.engines.launch import SHIMS, Launch, ServerProcess, free_port, members, spread
 from agentrl.errors import InfraError, UsageError
 
 SERVER = """
@@ -145,11 +146,15 @@ def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
     sglang = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, cores=(2, 3), flags=("--tp", "2"))
     words, added = " ".join(sglang.words()), sglang.environment()
     assert "--device cpu --attention-backend torch_native" in words and words.endswith("--tp 2")
+    assert "--enable-priority-scheduling" in words
+    other = replace(sglang, flags=("--schedule-policy=lpm",))  # one in which SGLang takes no priorities
+    assert "--enable-priority-scheduling" not in other.words()
     assert added["OMP_NUM_THREADS"] == "2" and added["SGLANG_CPU_OMP_THREADS_BIND"] == "2,3"
     assert added["PYTHONPATH"] == str(SHIMS / "sglang_cpu") and (SHIMS / "sglang_cpu" / "sgl_kernel.py").is_file()
     vllm = Launch("vllm", tmp_path / "py", tmp_path / "m", 1234, device="cuda", dtype="bfloat16")
     words, added = " ".join(vllm.words()), vllm.environment()
     assert "mm-processor" not in words and "SGLANG_VLM_CACHE_SIZE_MB" not in sglang.environment()
+    assert "--scheduling-policy=priority" in words
     assert "--logprobs-mode=processed_logprobs --enable-scale-out" in words and "--block-size" not in words
     assert added["VLLM_SERVER_DEV_MODE"] == "1" and added["PYTHONPATH"] == str(SHIMS / "vllm")
     assert (SHIMS / "vllm" / "agentrl_weights.py").is_file() and "OMP_NUM_THREADS" not in added
@@ -214,3 +219,21 @@ def test_a_port_a_log_or_cores_that_cannot_be(tmp_path: Path, capsys: pytest.Cap
         assert cli.run([*serve, *words]) == 2, words
         said = capsys.readouterr().err
         assert sentence in said and len(said.splitlines()) == 1
+
+
+def test_every_server_has_accelerators_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert spread(3, (), 4, None, beside=False) == [(0,), (1,), (2,)]
+    assert spread(3, (), 4, 0, beside=False) == [(1,), (2,), (3,)], "not the trainer's, as long as there are others"
+    assert spread(2, (), 4, 1, beside=True) == [(1,), (0,)], "the trainer's first, where servers sleep meanwhile"
+    assert spread(2, (), 1, 0, beside=False) == [(0,), (0,)], "there is but one"
+    assert spread(2, ("--tp", "2"), 5, 0, beside=False) == [(2, 3), (0, 1)]
+    assert spread(1, ("--tensor-parallel-size=2", "--pp-size", "2"), 4, None, beside=False) == [(0, 1, 2, 3)]
+    with pytest.raises(UsageError, match="ask for 8 accelerators, and 4 are here"):
+        spread(1, ("--tp=8",), 4, None, beside=False)
+    made = Launch("sglang", tmp_path / "py", tmp_path / "m", 1234, device="cuda", accelerators=(2, 3))
+    assert " --base-gpu-id 2 " in f"{' '.join(made.words())} "
+    assert "CUDA_VISIBLE_DEVICES" not in made.environment(), "the trainer's handles name its accelerator"
+    made = replace(made, kind="vllm")
+    assert made.environment()["CUDA_VISIBLE_DEVICES"] == "2,3" and "--base-gpu-id" not in made.words()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    assert made.environment()["CUDA_VISIBLE_DEVICES"] == "6,7"

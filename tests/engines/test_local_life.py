@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,6 +38,28 @@ def test_more_requests_than_rows_all_finish_in_order_of_arrival(tools):
     finished, health = asyncio.run(run())
     assert finished == list(range(20))
     assert health["running"] == health["waiting"] == 0
+
+
+def test_a_larger_priority_starts_before_those_that_wait_and_stops_nothing(tools):
+    async def run():
+        finished = []
+        async with tools.engine(tools.make(), rows=1) as engine:
+
+            async def one(name, priority):
+                await engine.generate(replace(tools.request([1, 2], name, max_tokens=8), priority=priority))
+                finished.append(name)
+
+            await engine.pause()
+            asked = [("first", -5), ("low", -2), ("high", 3), ("low too", -2), ("middle", 0), ("high too", 3)]
+            tasks = [asyncio.ensure_future(one(*each)) for each in asked[:1]]
+            await until(engine, lambda _: True, waiting=1)
+            await engine.resume()
+            await until(engine, lambda _: True, running=1)
+            tasks += [asyncio.ensure_future(one(*each)) for each in asked[1:]]
+            await asyncio.gather(*tasks)
+        return finished
+
+    assert asyncio.run(run()) == ["first", "high", "high too", "middle", "low", "low too"]
 
 
 def test_a_row_that_waits_for_a_tool_holds_nobody_up(tools):

@@ -302,6 +302,55 @@ def test_a_server_that_comes_back_while_the_others_sleep_waits_until_they_wake()
     run(2, work)
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_server_that_was_out_of_reach_when_the_others_woke_is_woken(anew: bool) -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        await engine.update_weights(WEIGHTS, 1)
+        await engine.sleep()
+        engine.lose(servers[0], "the network")
+        await engine.wake()
+        await engine.update_weights(WEIGHTS, 2)
+        assert "wake" not in servers[0].steps
+        if anew:  # somebody started it again meanwhile: SGLang ends where it is woken and was not asleep
+            servers[0].version = -1
+        await engine.regain(servers[0])
+        woken = [] if anew else ["wake"]
+        assert servers[0].steps[-3 - len(woken) :] == [*woken, "pause", "load 2", "resume"]
+        await engine.sleep()
+        await engine.wake()
+        assert servers[0].steps[-1] == "wake"
+
+    run(2, work)
+
+
+def test_one_that_does_not_take_the_weights_is_given_up_alone() -> None:
+    told: list[str] = []
+
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        async def refuses(folder: Path, version: int) -> None:
+            raise UsageError(f"{servers[0].name} did not take the weights: another architecture")
+
+        await engine.update_weights(WEIGHTS, 1)
+        keeper = Keeper(engine, [Post(server) for server in servers], told.append, patience=0.05, restarts=0)
+        try:
+            servers[0].load = refuses  # type: ignore[method-assign]
+            engine.lose(servers[0], "killed")
+            engine.suspect(servers[0])
+            while len(told) < 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            assert (await engine.generate(request("h/0"))).ids.tolist() == [servers[1].port]
+            servers[1].load = refuses  # type: ignore[method-assign]
+            engine.lose(servers[1], "killed")
+            engine.suspect(servers[1])
+            with pytest.raises(UsageError, match="another architecture"):
+                await engine.generate(request("h/1"))
+        finally:
+            await keeper.close()
+
+    run(2, work)
+    assert len(told) == 2 and all("is given up" in one and "another architecture" in one for one in told)
+
+
 def test_closing_lets_what_runs_come_to_its_end() -> None:
     async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
         gate = asyncio.Event()

@@ -7,6 +7,7 @@ import http.server
 import json
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,14 +36,16 @@ GOOD: dict[str, Any] = {
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[Answers], str]]:
-    """Starts a server with the given (status, body) by path, and returns its URL."""
+def answering() -> Iterator[Callable[..., str]]:
+    """Starts a server with the given (status, body) by path, and returns its URL. `heard` gets the bodies."""
     servers: list[http.server.ThreadingHTTPServer] = []
 
-    def start(answers: Answers) -> str:
+    def start(answers: Answers, heard: list[Any] | None = None) -> str:
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                asked = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if heard is not None and asked:
+                    heard.append(json.loads(asked))
                 status, body = answers.get(self.path.partition("?")[0], (404, '{"detail": "Not Found"}'))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -86,6 +89,46 @@ def test_a_reply_with_two_versions(answering: Any) -> None:
     reply = ask(SGLangServer(url), lambda server: server.generate(REQUEST, "r", 4))
     assert reply.ids.tolist() == [7, 8] and reply.logprobs.tolist() == [-0.5, -0.25]
     assert reply.versions == (VersionRun(3, 0, 1), VersionRun(4, 1, 2)) and reply.cached_tokens == 1
+
+
+LOW_FIRST = {"enable_priority_scheduling": True, "schedule_low_priority_values_first": True}
+
+
+@pytest.mark.parametrize(("facts", "said"), [({}, None), ({"enable_priority_scheduling": True}, 7), (LOW_FIRST, -7)])
+def test_sglang_is_told_a_priority_where_it_heeds_any(facts: dict[str, Any], said: int | None, answering: Any) -> None:
+    heard: list[Any] = []
+    url = answering(sglang(**facts) | {"/generate": (200, json.dumps(GOOD))}, heard)
+
+    async def call(server: SGLangServer) -> bool:
+        found = await server.info()
+        await server.generate(replace(REQUEST, priority=7), "r", 4)
+        return found.priorities
+
+    assert ask(SGLangServer(url), call) == bool(facts)
+    assert [body.get("priority") for body in heard] == [said]
+
+
+@pytest.mark.parametrize(("policy", "said"), [("priority", -7), ("fcfs", None), (None, None)])
+def test_vllm_is_told_a_priority_where_it_heeds_any(policy: str | None, said: int | None, answering: Any) -> None:
+    heard: list[Any] = []
+    choice = {"token_ids": [7], "logprobs": {"content": [{"logprob": -0.5}]}, "finish_reason": "stop"}
+    answers: Answers = {
+        "/version": (200, '{"version": "0.32.0"}'),
+        "/v1/models": (200, '{"data": [{"id": "m", "max_model_len": 512}]}'),
+        "/inference/v1/generate": (200, json.dumps({"choices": [choice]})),
+        **{path: (200, "{}") for path in ("/is_paused", "/weight_info", "/metrics")},
+    }
+    if policy is not None:
+        about = {"vllm_config": {"scheduler_config": {"policy": policy}}}
+        answers["/server_info"] = (200, json.dumps(about))
+
+    async def call(server: VLLMServer) -> bool:
+        found = await server.info()
+        await server.generate(replace(REQUEST, priority=7), "r", 4)
+        return found.priorities
+
+    assert ask(VLLMServer(answering(answers, heard)), call) == (policy == "priority")
+    assert [body.get("priority") for body in heard] == [said]
 
 
 @pytest.mark.parametrize(

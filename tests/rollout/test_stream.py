@@ -260,6 +260,23 @@ def test_places_are_given_in_order_and_survive_cancelling() -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
+def test_places_go_to_the_larger_priority_first() -> None:
+    async def main() -> None:
+        places, order = Places(1), list[str]()
+
+        async def hold(name: str, priority: int) -> None:
+            async with places.take(priority=priority):
+                order.append(name)
+                await asyncio.sleep(0)
+
+        asked = [("first", -9), ("old", -2), ("new", -3), ("evaluation", 0), ("old too", -2)]
+        await asyncio.gather(*(hold(*each) for each in asked))
+        assert order == ["first", "evaluation", "old", "old too", "new"]
+        assert places.free == 1
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
 def test_a_place_may_be_left_while_one_who_waits_for_it_is_cancelled() -> None:
     async def main() -> None:
         places = Places(1)
@@ -350,6 +367,25 @@ def test_every_task_is_trained_once_within_the_bound(bound: int) -> None:
     asyncio.run(asyncio.wait_for(main(), 60))
 
 
+def test_requests_of_an_earlier_update_come_before_later_ones_and_after_evaluation() -> None:
+    asked: dict[str, set[int]] = {}
+
+    async def script(request: Request, turn: int) -> str:
+        asked.setdefault(request.session.split("/")[1], set()).add(request.priority)
+        return call("look") if turn == 0 else "key"
+
+    async def main() -> None:
+        line = Line(script, steps=3, max_staleness=2)
+        async with line.scene.stream() as stream:
+            await line.supply(stream).take(0)
+            scene = line.scene
+            await scene.manager.run([draw("held out", step=7)], scene.actor, stage="eval", strategy=FlatRollouts())
+            await stream.until(lambda: not stream.flying)
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+    assert asked == {f"t{i}": {-1 - i // 2} for i in range(6)} | {"held out": {0}}
+
+
 def test_what_finished_first_is_trained_first_until_something_is_due() -> None:
     async def main() -> None:
         gates = Gates()
@@ -375,6 +411,35 @@ def test_what_finished_first_is_trained_first_until_something_is_due() -> None:
             assert not waiting.done()
             gates.gate("t0").set()
             assert names(await waiting) == ["t0", "t4"] and supply.waited > 0.05
+
+    asyncio.run(asyncio.wait_for(main(), 30))
+
+
+def test_the_first_batches_are_all_trained_before_they_are_too_old() -> None:
+    """They are of one age: where faster groups of later batches took their places, some would be left over."""
+
+    async def main() -> None:
+        gates = Gates()
+        line = Line(gates, max_staleness=2)
+        async with line.scene.stream() as stream:
+            supply = line.supply(stream)
+            for task in ("t6", "t7", "t0", "t1"):
+                gates.gate(task).set()
+            assert names(await supply.take(0)) == ["t0", "t1"]
+            line.version += 1
+            taking = asyncio.create_task(supply.take(1))
+            await asyncio.sleep(0.05)
+            assert not taking.done(), "t6 and t7 are there, but t2 to t5 need the places of two updates"
+            gates.gate("t4").set()
+            await asyncio.sleep(0.02)
+            gates.gate("t5").set()
+            assert names(await taking) == ["t4", "t5"]
+            line.version += 1
+            gates.gate("t2").set()
+            gates.gate("t3").set()
+            assert names(await supply.take(2)) == ["t2", "t3"]
+            line.version += 1
+            assert names(await supply.take(3)) == ["t6", "t7"], "from here on the fastest are first"
 
     asyncio.run(asyncio.wait_for(main(), 30))
 

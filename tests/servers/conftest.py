@@ -132,7 +132,8 @@ def serve(kind: Any, models: Any, folder: Path) -> Iterator[Served]:
     if found is None:
         pytest.skip(f"AGENTRL_SERVERS does not name {kind}")
     model, adapters, merged = models
-    launch = Launch(kind, found, model, free_port(), lora_rank=LORA.r)
+    places = "--max-running-requests" if kind == "sglang" else "--max-num-seqs"
+    launch = Launch(kind, found, model, free_port(), lora_rank=LORA.r, flags=(f"{places}=64",))
     process = ServerProcess.start(launch, folder / f"{kind}.log")
     try:
         asyncio.run(process.ready())

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from agentrl.engines import Request
-from agentrl.engines.keeper import Keeper, Post, start
-from agentrl.engines.launch import Launch, free_port, members
+from agentrl.engines.keeper import Gate, Keeper, Post, start
+from agentrl.engines.launch import Launch, ServerProcess, free_port, members
 from agentrl.engines.remote import RemoteEngine
+from agentrl.engines.router import Router, RouterLaunch, check_installed
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
 from agentrl.train.policy import Policy
@@ -63,3 +64,70 @@ def test_a_struck_server_comes_back(
 
     asyncio.run(main())
     assert "is lost: " in said[0] and "is back after" in said[1]
+
+
+@pytest.mark.xdist_group("sglang")
+def test_a_router_is_killed_and_a_server_behind_it(models: Any, environments: dict[str, Path], tmp_path: Path) -> None:
+    python = environments.get("sglang")
+    if python is None:
+        pytest.skip("AGENTRL_SERVERS does not name sglang")
+    check_installed(python)
+    folder, _, (weights, _) = models
+    said: list[str] = []
+
+    async def main() -> None:
+        processes = await start([Launch("sglang", python, folder, free_port()) for _ in range(2)], tmp_path)
+        servers = [SGLangServer(process.launch.url) for process in processes]
+        engine = await RemoteEngine.connect(servers, vocab=320, sync_folder=tmp_path / "weights")
+        before = ServerProcess.start(RouterLaunch(python, free_port(), free_port()), tmp_path / "router.log")
+        router = Router(before.launch.url, servers, lambda: engine.up)
+        await before.ready()
+        await router.match([server.url for server in servers])
+        engine.attach(router)
+        posts = [Post(server, process) for server, process in zip(servers, processes, strict=True)]
+        keeper = Keeper(engine, posts, said.append, patience=10, restarts=1, gate=Gate(router, before))
+
+        async def play(round_: int, blow: ServerProcess | None = None) -> None:
+            """16 requests at once, in the midst of which somebody is killed."""
+            requests = [
+                Request(as_ids([5 + n % 4, 6 + n, 7]), Sampling(max_tokens=300), f"{round_}-{n}", f"{round_}-{n % 4}")
+                for n in range(16)
+            ]
+            asked = [asyncio.ensure_future(engine.generate(request)) for request in requests]
+            while not (await engine.health())["running"]:  # noqa: ASYNC110 - it is the server that is waited for
+                await asyncio.sleep(0.01)
+            if blow is not None:
+                blow.strike(signal.SIGKILL)
+            replies = await asyncio.gather(*asked)
+            assert all({run.version for run in reply.versions} == {4} for reply in replies)
+            policy = Policy.from_folder(folder)
+            policy.base.load_state_dict(weights, strict=False)
+            for request, reply in zip(requests, replies, strict=True):
+                gap = abs(plain_logprobs(policy, as_ids([*request.ids, *reply.ids]))[2:] - reply.logprobs).max()
+                assert gap < 1e-5
+
+        async def heard(words: str) -> None:
+            while not any(words in one for one in said):  # noqa: ASYNC110 - it is the keeper that is waited for
+                await asyncio.sleep(0.05)
+
+        try:
+            await engine.update_weights(weights, 4)
+            assert engine.where("0-0") == router.name
+            await play(0, before)
+            await heard(f"{router.name} is back")
+            assert keeper.gate is not None and keeper.gate.process is not before and engine.fronted
+            await play(1, processes[0])
+            await heard(f"{servers[0].name} is back")
+            await router.match([server.url for server in servers])
+            await play(2)
+            loads = [(await server.health())["version"] for server in servers]
+            assert loads == ["4", "4"] and engine.where("x") == router.name
+            left = await engine.health()
+            assert not left["running"] and not left["waiting"], "what broke on its way is not computed twice"
+        finally:
+            await keeper.close()
+            await engine.close()
+        assert not members(keeper.gate.process.pid)
+
+    asyncio.run(asyncio.wait_for(main(), 240))
+    assert any("requests go past it" in one for one in said)
