@@ -5,8 +5,8 @@ as often as the model's own processor repeats it. That count follows from the pi
 exactly the ids that the model reads, and servers, which repeat the placeholder themselves, are sent it once a picture
 (`Request.folded`) and must come to the same ids.
 
-The family is Qwen3-VL (arXiv 2511.21631), whose processor cuts pictures into a grid of patches. Its elders do that too, but
-their weights have other names on disk than in memory, and servers die of the latter.
+The family is Qwen3-VL (arXiv 2511.21631), whose processor cuts pictures into a grid of patches. Its elders do that too,
+but their weights have other names on disk than in memory, and servers die of the latter.
 """
 
 from __future__ import annotations
