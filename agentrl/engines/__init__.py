@@ -84,7 +84,8 @@ class Capabilities:
     """What an engine can do; checked when the configuration is read. `forced`: it takes `Request.forced`.
     `images`: its model takes pictures. `score_temperature`: it scores at other temperatures than 1. `truncation`: it
     takes top-k and top-p. `cache_block`: tokens that its prefix cache keeps together. `priorities`: it heeds
-    `Request.priority`. `in_flight`: what becomes of running requests at an update. `max_context` 0: it has no limit of its own."""
+    `Request.priority`. `in_flight`: what becomes of running requests at an update. `max_context` 0: it has no limit
+    of its own."""
 
     token_ids: bool = True
     logprobs: bool = True

@@ -88,12 +88,10 @@ class VLLMServer:
         one of text, and is sent none: it might refuse them."""
         try:
             about = (await self._http.get("/server_info?config_format=json"))["vllm_config"]
-            return (
-                about["model_config"]["multimodal_config"] is not None,
-                about["scheduler_config"]["policy"] == "priority",
-            )
         except (Refused, KeyError, TypeError):
             return False, False
+        sees = about.get("model_config", {}).get("multimodal_config") is not None
+        return sees, about.get("scheduler_config", {}).get("policy") == "priority"
 
     async def generate(self, request: Request, rid: str, max_tokens: int) -> Generation:
         if request.sampling.top_p < 1 or request.sampling.top_k:
