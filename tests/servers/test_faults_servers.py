@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import transformers
 
+from agentrl.config import parse
 from agentrl.engines import Request
 from agentrl.engines.keeper import Gate, Keeper, Post, start
 from agentrl.engines.launch import Launch, ServerProcess, free_port, members
@@ -19,7 +20,6 @@ from agentrl.engines.router import Router, RouterLaunch, check_installed
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
 from agentrl.errors import UsageError
-from agentrl.loader import parse
 from agentrl.train.policy import Policy
 from agentrl.train.probe import plain_logprobs
 from agentrl.train.serving import open_engine
