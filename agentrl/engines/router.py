@@ -54,7 +54,7 @@ class RouterLaunch:
         """The command line."""
         words = [str(self.python), "-m", "sglang_router.launch_router", "--host", LOOPBACK, "--port", str(self.port)]
         words += ["--policy", self.policy, "--prometheus-host", LOOPBACK, "--prometheus-port", str(self.metrics)]
-        words += ["--assignment-mode", "min_load"] if self.policy == "manual" else []
+        words += ["--log-level", "warn", *(["--assignment-mode", "min_load"] if self.policy == "manual" else [])]
         return [*words, "--disable-retries", "--disable-circuit-breaker", "--disable-health-check"]
 
     def environment(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from agentrl.errors import UsageError
 from agentrl.train.options import HFModel, ScratchModel
 from agentrl.train.parts import device_of, make_env, take
 from agentrl.train.pretrained import load_tokenizer
-from agentrl.train.serving import patience_of, server_device, server_python
+from agentrl.train.serving import accelerators, patience_of, server_device, server_python
 from agentrl.train.stages import RLStage, SupervisedStage
 
 
@@ -93,8 +93,10 @@ def check_engine(config: Config) -> None:
         raise UsageError("sync: adapter needs a model that is trained through model.lora", where="engine.sync")
     if engine.launch is not None:
         server_python(engine.type, engine.launch)
-        servers, share = engine.launch.servers, engine.launch.memory_fraction
-        if server_device(engine.launch) == "cuda" and servers * share > 1:  # all of them start on the first
+        share = engine.launch.memory_fraction
+        where = accelerators(config, engine, engine.launch) if server_device(engine.launch) == "cuda" else []
+        servers = max((where.count(place) for place in where), default=0)  # that share one
+        if servers * share > 1:
             raise UsageError(
                 f"{servers} servers that take {share:g} of one accelerator each do not fit on it; lower this to at "
                 f"most {int(100 / servers) / 100:g}",

@@ -130,6 +130,13 @@ def server_device(options: LaunchOptions) -> Device:
     return "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
 
 
+def accelerators(config: Config, options: ServerOptions, launch: LaunchOptions) -> list[tuple[int, ...]]:
+    """Those of each server that the run starts on CUDA. Raises `UsageError` for more than there are."""
+    trainer = device_of(config)
+    its = (trainer.index or 0) if trainer.type == "cuda" else None
+    return spread(launch.servers, launch.flags, max(torch.cuda.device_count(), 1), its, beside=options.sleep)
+
+
 def _local(config: Config, policy: Policy, options: LocalOptions, chaos: Chaos | None) -> Engine:
     """With its own copy of the policy's weights."""
     if policy.pictures is not None:
@@ -269,12 +276,12 @@ async def _posts(
     python, cores = server_python(kind, launch), sorted(os.sched_getaffinity(0))
     lora = config.model.lora if isinstance(config.model, HFModel) and options.sync == "adapter" else None
     places: list[tuple[int, ...]] = [()] * launch.servers
-    if device == "cuda" and torch.cuda.is_available():
+    if device == "cuda":
+        places = accelerators(config, options, launch)
         trainer = device_of(config)
-        its = (trainer.index or 0) if trainer.type == "cuda" else None
-        places = spread(launch.servers, launch.flags, torch.cuda.device_count(), its, beside=options.sleep)
-        if its is not None:
-            _check_memory(config, policy, launch, sum(its in place for place in places), sleeps=options.sleep)
+        if trainer.type == "cuda":
+            beside = sum((trainer.index or 0) in place for place in places)
+            _check_memory(config, policy, launch, beside, sleeps=options.sleep)
     launches = []
     for number in range(launch.servers):
         own = [cores[(-1 - n) % len(cores)] for n in range(number * launch.cores, (number + 1) * launch.cores)]

@@ -96,7 +96,8 @@ def simulate(groups: Sequence[Sequence[float]], update: float, bound: int) -> fl
 
     `groups[b][i]` are the seconds that group i of batch b is at play, whatever plays beside it. Batch b goes to play
     when b <= updates done + `bound`; an update takes as many groups as a batch has, first those that were submitted
-    `bound` updates ago (it waits for them), then others in the order in which they finished.
+    `bound` updates ago (it waits for them), then others in the order in which they finished; but as many of older ones
+    as the updates up to their last one have no place for (`agentrl.train.supply`).
     """
     now, admitted = 0.0, 0
     at_play: list[tuple[int, float]] = []  # updates done at submission, and when it finishes
@@ -104,14 +105,17 @@ def simulate(groups: Sequence[Sequence[float]], update: float, bound: int) -> fl
         while admitted <= min(step + bound, len(groups) - 1):
             at_play += [(step, now + seconds) for seconds in groups[admitted]]
             admitted += 1
-        due = [flight for flight in at_play if flight[0] <= step - bound]
-        finished = sorted(end for _, end in at_play)
-        now = max([now, finished[len(batch) - 1], *(end for _, end in due)])
-        landed = [flight for flight in at_play if flight[1] <= now]
-        landed.sort(key=lambda flight: (flight[0] > step - bound, flight[1]))
-        for flight in landed[: len(batch)]:
+        chosen: list[tuple[int, float]] = []
+        for ahead in range(bound + 1):  # of those that have so many updates left
+            places = sum(map(len, groups[step + 1 : step + 1 + ahead]))
+            urgent = sorted((f for f in at_play if f[0] <= step - bound + ahead), key=lambda flight: flight[1])
+            left = [flight for flight in urgent if flight not in chosen]
+            chosen += left[: max(len(urgent) - places - (len(urgent) - len(left)), 0)]
+        left = sorted((flight for flight in at_play if flight not in chosen), key=lambda flight: flight[1])
+        chosen += left[: len(batch) - len(chosen)]
+        now = max(now, *(end for _, end in chosen)) + update
+        for flight in chosen:
             at_play.remove(flight)
-        now += update
     return now
 
 

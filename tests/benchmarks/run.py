@@ -48,6 +48,8 @@ def main() -> int:
     for kind in filter(None, given.servers.split(",")):
         client = script("bench_client.py", "--kind", kind, *runs, *result(f"client_{kind}"))
         jobs.append((f"the client of {kind}", client))
+    if "sglang" in given.servers.split(","):
+        jobs.append(("several servers", script("bench_router.py", *runs, *result("router"))))
     if given.vllm:
         serve = script("peers/vllm_serve.py", "--python", given.vllm, "--model", str(model), "--")
         trace = [given.vllm, str(HERE / "peers/vllm_trace.py"), "--url", "{url}", *result("vllm")]

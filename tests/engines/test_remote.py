@@ -351,6 +351,50 @@ def test_one_that_does_not_take_the_weights_is_given_up_alone() -> None:
     assert len(told) == 2 and all("is given up" in one and "another architecture" in one for one in told)
 
 
+class Front(Shaky):
+    """Stands before other servers, as a router does."""
+
+    @property
+    def name(self) -> str:
+        return "the router"
+
+
+def test_requests_go_through_a_router_and_past_it_where_it_breaks() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        front = Front(9)
+        engine.attach(front)
+        assert engine.where("g/0") == "the router"
+        assert (await engine.generate(request())).ids.tolist() == [9]
+        front.breaks = raises(InfraError("it broke off"))
+        assert (await engine.generate(request())).ids.tolist() == [1]
+        assert len(front.aborted) == 1, "a server may go on with what it was sent"
+        front.breaks = raises(Refused("http://x", "/generate", 502, "a server is gone"))
+        assert (await engine.generate(request("g/1"))).ids.tolist() == [1]
+        front.breaks = lambda: None
+        engine.lose_front()
+        assert (await engine.generate(request())).ids.tolist() == [1] and engine.where("g/0") == servers[0].name
+
+    run(2, work)
+
+
+def test_what_a_router_had_is_asked_again_where_a_server_behind_it_is_lost() -> None:
+    async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
+        async def hangs() -> None:
+            await asyncio.sleep(60)
+
+        front = Front(9)
+        engine.attach(front)
+        front.breaks = hangs
+        asked = asyncio.ensure_future(engine.generate(request()))
+        await asyncio.sleep(0.01)
+        engine.lose(servers[0], "it hangs")
+        assert (await asked).ids.tolist() == [2] and len(front.aborted) == 1
+        assert engine.fronted, "the router itself is well"
+        await asyncio.wait_for(engine.suspected(front), 1)  # and is told at once
+
+    run(2, work)
+
+
 def test_closing_lets_what_runs_come_to_its_end() -> None:
     async def work(engine: RemoteEngine, servers: list[Shaky]) -> None:
         gate = asyncio.Event()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
+from agentrl.config import parse
 from agentrl.engines import Request
 from agentrl.engines.keeper import Gate, Keeper, Post, start
 from agentrl.engines.launch import Launch, ServerProcess, free_port, members
@@ -16,8 +19,10 @@ from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.router import Router, RouterLaunch, check_installed
 from agentrl.engines.sglang import SGLangServer
 from agentrl.engines.vllm import VLLMServer
+from agentrl.errors import UsageError
 from agentrl.train.policy import Policy
 from agentrl.train.probe import plain_logprobs
+from agentrl.train.serving import open_engine
 from agentrl.trajectory import Sampling, as_ids
 
 
@@ -131,3 +136,40 @@ def test_a_router_is_killed_and_a_server_behind_it(models: Any, environments: di
 
     asyncio.run(asyncio.wait_for(main(), 240))
     assert any("requests go past it" in one for one in said)
+
+
+@pytest.mark.xdist_group("sglang")
+def test_another_model_is_found_out_where_its_folder_cannot_be_seen(
+    models: Any, environments: dict[str, Path], tmp_path: Path
+) -> None:
+    """SGLang says nothing of its model's shape: the first weights do not fit, and it ends."""
+    python = environments.get("sglang")
+    if python is None:
+        pytest.skip("AGENTRL_SERVERS does not name sglang")
+    theirs, ours = tmp_path / "theirs", tmp_path / "ours"
+    shutil.copytree(models[0], theirs)
+    shutil.copytree(models[0], ours)
+    shape = transformers.Qwen3Config.from_pretrained(ours)
+    shape.hidden_size = 96
+    transformers.Qwen3ForCausalLM(shape).save_pretrained(ours)
+
+    async def main() -> None:
+        (process,) = await start([Launch("sglang", python, theirs, free_port())], tmp_path)
+        shutil.rmtree(theirs)
+        config = parse(
+            {
+                "env": "maze",
+                "model": str(ours),
+                "engine": {"type": "sglang", "urls": [process.launch.url], "patience": 5},
+                "rollout": {"max_tokens": 32},
+                "stages": [{"type": "rl", "steps": 1, "optimizer": {"lr": 1e-3}}],
+            }
+        )
+        try:
+            with pytest.raises(UsageError, match="serve the very folder that is trained"):
+                await open_engine(config, Policy.from_folder(ours), tmp_path / "run", lambda _: None)
+        finally:
+            await process.stop()
+
+    (tmp_path / "run").mkdir()
+    asyncio.run(asyncio.wait_for(main(), 200))

@@ -62,6 +62,14 @@ def config(engine: dict[str, Any], *, staleness: int = 0, turn: float = 300.0, *
         ({"launch": {}, "api_key": "k"}, "api_key is for servers in urls"),
         ({"urls": ["http://h:1"], "api_key": "k\n"}, "perhaps the end of a line"),
         ({"urls": ["http://h:99999"]}, "is no server's address"),
+        ({"launch": {"device": "cuda", "flags": ["--tp", "64"]}}, r"engine\.launch\.flags: .* ask for 64 accelerators"),
+        ({"router": "manual"}, "router: manual does nothing with one server"),
+        ({"router": "manual", "launch": {"servers": 2}, "sync": "adapter"}, "with sync: adapter each server"),
+        ({"router": "cache_aware", "launch": {"servers": 2}, "in_flight": "in_place"}, "with in_flight: in_place each"),
+        (
+            {"router": "manual", "urls": ["http://h:1", "http://h:2"], "api_key": "k"},
+            "is not given the servers' api_key",
+        ),
     ],
 )
 def test_what_would_do_nothing_is_refused(engine: dict[str, Any], sentence: str) -> None:
@@ -73,6 +81,14 @@ def test_what_would_do_nothing_is_refused(engine: dict[str, Any], sentence: str)
 def test_what_does_something_is_taken() -> None:
     check_engine(config({"in_flight": "in_place"}, staleness=1))
     check_engine(config({"launch": {"device": "cuda", "servers": 2, "memory_fraction": 0.4}, "sleep": True}))
+    check_engine(config({"launch": {"device": "cpu", "servers": 2}, "router": "cache_aware"}))
+
+
+def test_servers_with_accelerators_of_their_own_share_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    check_engine(config({"launch": {"device": "cuda", "servers": 2}}))
+    with pytest.raises(ValueError, match=r"2 servers that take 0\.85 of one accelerator each"):
+        check_engine(config({"launch": {"device": "cuda", "servers": 3}}))
 
 
 def test_a_hung_server_is_noticed_before_its_turns_are_scored() -> None:
