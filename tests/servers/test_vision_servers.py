@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,10 +51,6 @@ def seeing(
     python = environments.get(kind)
     if python is None:
         pytest.skip(f"AGENTRL_SERVERS does not name {kind}")
-    if subprocess.run(
-        [str(python), "-c", "import importlib.util as u; exit(not u.find_spec('torchvision'))"]
-    ).returncode:
-        pytest.skip(f"{python} has no torchvision, without which transformers loads no processor of this family")
     launch = Launch(kind, python, folder, free_port())
     process = ServerProcess.start(launch, tmp_path_factory.mktemp("log") / f"{kind}.log")
     try:
