@@ -1,11 +1,13 @@
 """The trajectory store: a crash loses nothing acknowledged, and a list of 100 000 opens at once.
 
 A SQLite index over append-only segments of frames. `StoreWriter` appends, `StoreReader` lists and
-loads, `rebuild` makes the index again from the segments, `RunFolder` is the folder around them.
+loads, `rebuild` makes the index again from the segments, `RunFolder` is the folder around them. Where several
+processes write, a `Collector` makes the index of what they append.
 """
 
 from agentrl.store.canonical import canonical, canonical_trajectory, differences, fingerprint
 from agentrl.store.codec import TokensNotKept
+from agentrl.store.collector import Collector
 from agentrl.store.credit import Credit
 from agentrl.store.export import as_json, export_jsonl
 from agentrl.store.frames import DamagedFrame
@@ -18,6 +20,7 @@ from agentrl.store.writer import StoreWriter
 
 __all__ = [
     "SORTS",
+    "Collector",
     "Credit",
     "Cursor",
     "DamagedFrame",

@@ -212,6 +212,12 @@ def insert(
     return first
 
 
+def extent(connection: sqlite3.Connection, segment: str) -> int:
+    """Up to which byte of a segment, by name, the index knows its frames."""
+    row = connection.execute("SELECT indexed FROM segments WHERE name = ?", (segment,)).fetchone()
+    return int(row[0]) if row else 0
+
+
 def rewind(connection: sqlite3.Connection, stage: str, step: int) -> None:
     """Forget the credit of `step` of `stage` and of what came after it, within the caller's transaction."""
     connection.execute("DELETE FROM credit WHERE stage = ? AND step >= ?", (stage, step))
