@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,7 +22,7 @@ from agentrl import api
 from agentrl.chat import ChatFormat
 from agentrl.config import SCHEMA_VERSION, Config, EvalSection
 from agentrl.console import Message, Reporter, make_reporter
-from agentrl.content import Image, text_of
+from agentrl.content import text_of
 from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.env import Say
 from agentrl.errors import RunFailed, UsageError
@@ -35,7 +35,7 @@ from agentrl.replay.retelling import PERSON, Retellable, Retelling, Silent
 from agentrl.rollout.actors import Actor
 from agentrl.rollout.endpoint import Endpoint, EndpointActor
 from agentrl.rollout.episode import Hooks, Limits, LiveEpisode
-from agentrl.store import Entry, EpisodeKey, RunFolder, StoreWriter
+from agentrl.store import DamagedFrame, Entry, EpisodeKey, RunFolder, StoreWriter
 from agentrl.store.reader import StoreReader
 from agentrl.task import Task
 from agentrl.train.judge import restored_policy
@@ -130,7 +130,7 @@ async def forked(
         voice = await _voice(source, config, speaking, at, folder.path, reporter, stack)
         _check_vocabulary(source.reader, record, turn, voice)
         writer = stack.enter_context(StoreWriter(out, pieces=voice.pieces))
-        _copy_images(source.reader, record, writer)
+        _copy_images(source.reader, record, writer, reporter.warn)
         branch = await _branch(source, entry, record, task, turn, speaking, voice, writer)
         step = {"step": entry.step, "stage": entry.stage, "split": entry.split}
         writer.add([record, branch], **step)  # type: ignore[arg-type]
@@ -310,14 +310,13 @@ def _key(reader: StoreReader, entry: Entry) -> EpisodeKey:
     return replace(key, branch=(*numbers, number))
 
 
-def _copy_images(reader: StoreReader, record: Trajectory, writer: StoreWriter) -> None:
-    mimes = {".jpg": "image/jpeg", ".webp": "image/webp"}
-    for sha256 in {image for turn in record.turns for use in turn.tools for image in use.result.images}:
+def _copy_images(reader: StoreReader, record: Trajectory, writer: StoreWriter, tell: Callable[[str], None]) -> None:
+    """The record's pictures into the branch's folder. What is missing is said: a policy sees words in its place."""
+    for sha256 in sorted({image for turn in record.turns for use in turn.tools for image in use.result.images}):
         try:
-            path = reader.image(sha256)
-        except KeyError:
-            continue
-        writer.image(Image(path.read_bytes(), mimes.get(path.suffix, "image/png")))
+            writer.image(reader.picture(sha256))
+        except (KeyError, DamagedFrame) as error:
+            tell(str(error.args[0]))
 
 
 def _messages(task: Task, branch: Trajectory) -> list[Message]:

@@ -13,9 +13,10 @@ from agentrl.store.export import as_json, export_jsonl
 from agentrl.store.frames import DamagedFrame
 from agentrl.store.key import EpisodeKey
 from agentrl.store.query import SORTS, Filter, Sort
-from agentrl.store.reader import Cursor, Entry, Page, StoreReader
+from agentrl.store.reader import Cursor, Entry, Page, Sibling, StoreReader, Tokens
 from agentrl.store.rebuild import rebuild
 from agentrl.store.run import RunFolder, RunInfo
+from agentrl.store.runs import Run, runs
 from agentrl.store.writer import StoreWriter
 
 __all__ = [
@@ -28,11 +29,14 @@ __all__ = [
     "EpisodeKey",
     "Filter",
     "Page",
+    "Run",
     "RunFolder",
     "RunInfo",
+    "Sibling",
     "Sort",
     "StoreReader",
     "StoreWriter",
+    "Tokens",
     "TokensNotKept",
     "as_json",
     "canonical",
@@ -41,4 +45,5 @@ __all__ = [
     "export_jsonl",
     "fingerprint",
     "rebuild",
+    "runs",
 ]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agentrl.content import Image
 from agentrl.errors import UsageError
 from agentrl.store import index
 from agentrl.store.codec import TokensNotKept, spans_of, trajectory_in
@@ -19,6 +21,7 @@ from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
 from agentrl.store.journal import read_journals
 from agentrl.store.key import EpisodeKey
 from agentrl.store.query import Filter, Sort, select
+from agentrl.store.tokens import Tokens, tokens_of
 from agentrl.trajectory import Span, Trajectory, Turn
 
 
@@ -69,8 +72,20 @@ class Page:
     last: Cursor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Sibling:
+    """A member of a group. `credit` is what it was worth, None where it gave none (dropped, failed, not trained)."""
+
+    entry: Entry
+    trajectory: Trajectory
+    credit: Credit | None
+
+
 _COLUMNS = ", ".join(f"t.{name}" for name in Entry.__dataclass_fields__)
 _ALL = Filter()
+_MIMES = {
+    ".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".bin": "application/octet-stream",
+}  # fmt: skip
 _FLAGS = [list(Entry.__dataclass_fields__).index(name) for name in ("success", "latest")]
 _PLACES = "segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length"
 
@@ -159,7 +174,39 @@ class StoreReader:
         if not tokens:
             return trajectory_in(head, read, None)
         spans = self._spans(tokens_segment or segment, tokens_offset, tokens_length, {})
-        return trajectory_in(head, read, spans)
+        try:
+            return trajectory_in(head, read, spans)
+        except TokensNotKept:
+            raise TokensNotKept(
+                f"the token arrays of {id} were not kept (store.tokens of the run's configuration); what was said, "
+                "calls, results and rewards are there: read it without tokens"
+            ) from None
+
+    def group(self, id: str, *, step: int | None = None, tokens: bool = True) -> list[Sibling]:
+        """The members of a group with their credit, by their place in it; then those that gave none.
+
+        A member may be of another group (a replayed episode). `step` is that of the credit, the latest by default.
+        Token arrays that were not kept are left out. Raises `KeyError` where there is no such group.
+        """
+        credits = self.credits(group=id)
+        at = max((credit.step for credit in credits), default=None) if step is None else step
+        members = [credit for credit in credits if credit.step == at]
+        known = {(credit.id, credit.attempt) for credit in members}
+        entries: list[tuple[Entry, Credit | None]] = [(self.entry(each.id, each.attempt), each) for each in members]
+        others = (entry for entry in self._whole(Filter(group=id)) if (entry.id, entry.attempt) not in known)
+        entries += [(entry, None) for entry in others]
+        if not entries:
+            raise KeyError(f"no group {id!r} is stored")
+        return [Sibling(entry, self._any(entry, tokens), credit) for entry, credit in entries]
+
+    def tokens(self, id: str, attempt: int | None = None, *, step: int | None = None) -> Tokens:
+        """A trajectory token by token, with its credit of `step` (the latest by default).
+
+        Raises `KeyError` where it is not stored, `TokensNotKept` where `store.tokens` dropped its arrays.
+        """
+        trajectory = self.get(id, attempt)
+        found = self.credits(id=id, attempt=trajectory.attempt, step=step)
+        return tokens_of(trajectory, max(found, key=lambda credit: credit.step, default=None), self.pieces)
 
     def credit(self, id: str, step: int, attempt: int | None = None) -> Credit | None:
         """What a trajectory was worth at a step (its first membership there), or None."""
@@ -287,11 +334,29 @@ class StoreReader:
             )
         return found
 
+    def picture(self, sha256: str) -> Image:
+        """A stored picture. Raises `KeyError` where there is none, `DamagedFrame` where its bytes are other ones."""
+        path = self.image(sha256)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedFrame(f"{path} is not the picture that was stored; restore it from a copy")
+        return Image(data, _MIMES[path.suffix])
+
+    def missing_media(self) -> list[str]:
+        """The pictures that stored trajectories name and that are not there, or are other ones, by hash."""
+        bad = set()
+        for sha in sorted({sha for entry in self._whole(Filter(all_attempts=True)) for sha in self._pictures(entry)}):
+            try:
+                self.picture(sha)
+            except (KeyError, DamagedFrame):
+                bad.add(sha)
+        return sorted(bad)
+
     def image(self, sha256: str) -> Path:
-        """The file of a stored picture. Raises `KeyError` where there is none."""
+        """The file of a stored picture, unread. Raises `KeyError` where there is none."""
         media = self._run_dir / "media"
         if re.fullmatch("[0-9a-f]{64}", sha256):
-            for suffix in (".png", ".jpg", ".webp", ".bin"):
+            for suffix in _MIMES:
                 if (path := media / f"{sha256}{suffix}").is_file():
                     return path
         raise KeyError(f"no picture {sha256!r} in {self._run_dir / 'media'}")
@@ -341,11 +406,39 @@ class StoreReader:
         with self._lock:
             fd = self._files.get(segment)
             if fd is None:
-                fd = self._files[segment] = os.open(self._folder / segment, os.O_RDONLY)
+                try:
+                    fd = self._files[segment] = os.open(self._folder / segment, os.O_RDONLY)
+                except FileNotFoundError:
+                    if not segment.endswith(".bin"):  # token arrays that `last_k` dropped
+                        raise
+                    raise DamagedFrame(f"{self._folder / segment} is missing; restore it from a copy") from None
         frame = parse(os.pread(fd, length, offset))
         if frame is None:
             raise DamagedFrame(f"{self._folder / segment} is damaged at byte {offset}; restore it from a copy")
         return frame
+
+    def _whole(self, asked: Filter) -> Iterator[Entry]:
+        """All pages of a list."""
+        after = None
+        while True:
+            page = self.query(asked, after=after, limit=1000)
+            yield from page.entries
+            after = page.next
+            if after is None:
+                return
+
+    def _any(self, entry: Entry, tokens: bool) -> Trajectory:
+        """A trajectory with what is there of its tokens."""
+        try:
+            return self.get(entry.id, entry.attempt, tokens=tokens)
+        except TokensNotKept:
+            return self.get(entry.id, entry.attempt, tokens=False)
+
+    def _pictures(self, entry: Entry) -> set[str]:
+        """The hashes that a trajectory's tool results and prompt name."""
+        trajectory = self._any(entry, True)
+        shown = {image for turn in trajectory.turns for use in turn.tools for image in use.result.images}
+        return shown | {image for span in trajectory.spans() for image in span.images}
 
     def _spans(
         self, segment: str, offset: int, length: int, known: dict[tuple[str, int], Sequence[Span | None]]
@@ -388,4 +481,4 @@ def _absent(id: str, attempt: int | None) -> str:
     )
 
 
-__all__ = ["Cursor", "Entry", "Filter", "Page", "Sort", "StoreReader", "TokensNotKept"]
+__all__ = ["Cursor", "Entry", "Filter", "Page", "Sibling", "Sort", "StoreReader", "Tokens", "TokensNotKept"]
