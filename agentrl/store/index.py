@@ -130,7 +130,7 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
     """Open the index of a run for reading. Raises `UsageError` where there is none."""
     path = folder / NAME
     if not path.is_file():
-        raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); name the folder of a run")
+        raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); {_or_rebuild(path)}")
     # Without write access there is no shared memory to make, and so no writer to wait for.
     alone = not os.access(folder, os.W_OK) or _left_in_wal(path, file_system(folder))
     access = "mode=ro&immutable=1" if alone else "mode=rw"
@@ -143,11 +143,17 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
     except sqlite3.DatabaseError as error:
         raise index_failed(path, error) from error
     if version == 0:
-        raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
+        raise UsageError(f"no trajectories are in {path} yet; {_or_rebuild(path, 'wait for its first step')}")
     if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
     connection.execute(_CACHE)
     return connection
+
+
+def _or_rebuild(path: Path, otherwise: str = "name the folder of a run") -> str:
+    """What to do about an index that lists nothing."""
+    there = any(segment.stat().st_size for segment in (path.parent / "seg").glob("*.bin"))
+    return f"its segments are there; run: {_remedy(path)}" if there else otherwise
 
 
 def _left_in_wal(path: Path, kind: str) -> bool:
