@@ -98,7 +98,7 @@ class Indexer:
         self._waiting = []
 
     def _search(self, texts: list[tuple[int, _Text]]) -> None:
-        for token in {token for _, said in texts for token in said.prompt - self._known.keys()}:
+        for token in {token for _, said in texts for token in said.ids if token not in self._known}:
             for (piece,) in self._db.execute("SELECT piece FROM pieces WHERE token = ?", (token,)):
                 self._known[token] = piece  # another writer's, since this was made
         self._db.executemany(index.INSERT_TEXT, [(rowid, said.text(self._known)) for rowid, said in texts])
