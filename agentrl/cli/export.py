@@ -58,9 +58,14 @@ def trajectories(
         given = ", ".join(name for name, value in others.items() if value is not None)
         raise UsageError(f"training batches are whole steps: choose them with --stage and --step, not {given}")
     asked = Filter(stage=stage, step=step, split=split, group=group, success=success, text=search)
-    count = export_trajectories(run, out, format, asked, limit)
+    console = Console(highlight=False)
+
+    def tell(line: str) -> None:
+        console.print(f"warning: {line}", markup=False, soft_wrap=True)
+
+    count = export_trajectories(run, out, format, asked, limit, tell)
     what = "steps" if format in ("trl", "verl") else "trajectories"
-    Console(highlight=False).print(f"wrote {count} {what} to {shown(out.absolute())}", markup=False, soft_wrap=True)
+    console.print(f"wrote {count} {what} to {shown(out.absolute())}", markup=False, soft_wrap=True)
 
 
 @app.command

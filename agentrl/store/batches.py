@@ -1,14 +1,15 @@
 """Training batches for other trainers: the credited episodes of each step, in the fields that they read.
 
-    verl   the tensors of a DataProto after advantages (verl/trainer/ppo/ray_trainer.py): prompts are padded on
-           the left and responses on the right, `response_mask` holds the trained tokens, `rollout_log_probs` the
-           engine's log-probs; `uid` and the other texts are in the file's metadata, for non_tensor_batch
+    verl   the tensors of a DataProto after advantages, as of 0.8 (agent_loop.py makes them, trainer/ppo/ray_trainer.py
+           adds to them): prompts are padded on the left and responses on the right, `response_mask` holds the trained
+           tokens, `rollout_log_probs` the engine's log-probs; the reward stands on the last token of the response;
+           `uid` (the group) and the other texts are for non_tensor_batch
     trl    the inputs of GRPOTrainer's loss (trl 1.16, grpo_trainer.py): prompt_ids and prompt_mask, completion_ids and
-           completion_mask, tool_mask (0 on what the policy did not say), advantages per token,
+           completion_mask, padded likewise; tool_mask (0 on what the policy did not say), advantages per token,
            sampling_per_token_logps
 
-One safetensors file a step, a row for each training row (an episode with an evolving memory has several). All of
-this is derived from the record; nothing is tokenised.
+One safetensors file a step, a row for each training row (an episode with an evolving memory has several); the texts
+are in its metadata, and `load_batch` reads both. All of this is derived from the record; nothing is tokenised.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from agentrl.errors import UsageError
 from agentrl.store.codec import TokensNotKept
 from agentrl.store.credit import Credit
+from agentrl.store.frames import DamagedFrame
 from agentrl.store.reader import StoreReader
 from agentrl.trajectory import Floats, Row, Trajectory, rows_of
 
@@ -39,6 +42,7 @@ class Sample:
     group: str
     member: int
     reward: float
+    turns: int
     prompt: Array
     response: Array
     mask: Array
@@ -55,6 +59,7 @@ def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
     out = []
     logprobs = [turn.logprobs for turn in trajectory.turns]
     for row in rows_of(trajectory):
+        turns = len(set(row.turns.tolist()))
         start = int(row.targets[0])
         at = row.targets - start
         n = len(row) - start
@@ -71,7 +76,7 @@ def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
         named = [spread(credit.arrays[name]) if name in credit.arrays else None for name in ("old", "reference")]
         out.append(
             Sample(
-                trajectory.id, credit.group_id, credit.member, credit.reward, row.ids[:start].astype(np.int64),
+                trajectory.id, credit.group_id, credit.member, credit.reward, turns, row.ids[:start].astype(np.int64),
                 row.ids[start:].astype(np.int64), mask, spread(logprobs), spread(credit.advantages), *named,
             )
         )  # fmt: skip
@@ -107,6 +112,7 @@ def batch_of(samples: Sequence[Sample], kind: Kind, pad: int = 0) -> tuple[dict[
         }  # fmt: skip
         out |= {f"{name}_per_token_logps": array for name, array in extra.items()}
         return out, texts
+    texts["__num_turns__"] = [s.turns for s in samples]
     mask = np.concatenate([prompt_mask, response_mask], axis=1)
     scores = np.zeros(responses.shape, np.float32)
     last = response_mask.sum(axis=1) - 1
@@ -115,7 +121,7 @@ def batch_of(samples: Sequence[Sample], kind: Kind, pad: int = 0) -> tuple[dict[
         "prompts": prompts, "responses": responses, "input_ids": np.concatenate([prompts, responses], axis=1),
         "attention_mask": mask, "position_ids": np.maximum(mask.cumsum(axis=1) - 1, 0), "response_mask": trained,
         "rollout_log_probs": logprobs, "old_log_probs": extra.get("old", logprobs), "advantages": advantages,
-        "returns": advantages, "token_level_scores": scores, "token_level_rewards": scores,
+        "returns": advantages, "rm_scores": scores, "token_level_scores": scores, "token_level_rewards": scores,
     }  # fmt: skip
     if "ref" in extra:
         out["ref_log_prob"] = extra["ref"]
@@ -133,26 +139,54 @@ def _padded(rows: Sequence[Array], *, left: bool, fill: int) -> tuple[Array, Arr
     return values, mask
 
 
-def export_batches(reader: StoreReader, folder: Path, kind: Kind, *, stage: str | None, step: int | None) -> int:
-    """Write a file for each credited step of the run; return how many. Rows whose tokens were not kept are left out."""
+def export_batches(
+    reader: StoreReader, folder: Path, kind: Kind, *, stage: str | None, step: int | None
+) -> tuple[int, int]:
+    """Write a file for each credited step of the run: (how many, credited episodes left out for want of tokens).
+
+    Raises `UsageError` where there is nothing to write.
+    """
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
-    count = 0
-    for name, number in reader.credited():
-        if (stage is not None and name != stage) or (step is not None and number != step):
-            continue
+    steps = [(name, at) for name, at in reader.credited() if stage in (None, name) and step in (None, at)]
+    if not steps:
+        raise UsageError(
+            "no step that was asked for gave credit; batches are made of the steps of reinforcement learning"
+        )
+    count = left_out = 0
+    for name, number in steps:
         samples: list[Sample] = []
-        for credit in reader.credits(stage=name, step=number):
+        damaged: list[str] = []
+        for credit in reader.credits(stage=name, step=number, damaged=damaged):
             try:
                 samples += samples_of(reader.get(credit.id, credit.attempt), credit)
-            except TokensNotKept:
-                continue
+            except (TokensNotKept, DamagedFrame):
+                left_out += 1
+        left_out += len(damaged)
         if samples:
+            folder.mkdir(parents=True, exist_ok=True)
             tensors, texts = batch_of(samples, kind)
             path = folder / f"{name}-{number:06d}.safetensors"
             about = {"format": kind, "stage": name, "step": str(number)}
             about |= {key: json.dumps(value) for key, value in texts.items()}
             save_file({key: value.copy(order="C") for key, value in tensors.items()}, path, metadata=about)
             count += 1
-    return count
+    if not count:
+        raise UsageError(
+            f"the token arrays of all {left_out} credited episodes are damaged or were not kept; "
+            "export them as jsonl, parquet or html"
+            if left_out
+            else "the steps that were asked for trained on no token"
+        )
+    return count, left_out
+
+
+def load_batch(path: Path | str) -> tuple[dict[str, Array], dict[str, Any]]:
+    """(tensors, texts) of a file that `agentrl export --format verl | trl` wrote, as `batch_of` made them."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="numpy") as file:
+        about = file.metadata()
+        plain = ("format", "stage", "step")
+        texts = {name: value if name in plain else json.loads(value) for name, value in about.items()}
+        return {name: file.get_tensor(name) for name in file.keys()}, texts  # noqa: SIM118  # no mapping

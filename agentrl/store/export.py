@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from agentrl.content import Image
 from agentrl.errors import UsageError
 from agentrl.store import html
 from agentrl.store.codec import TokensNotKept
+from agentrl.store.frames import DamagedFrame
 from agentrl.store.query import Filter
 from agentrl.store.reader import Entry, StoreReader
 from agentrl.trajectory import Trajectory, ids_of
@@ -88,27 +89,44 @@ def export_jsonl(run_dir: Path | str, path: Path | str, **filters: Any) -> int:
     return count
 
 
-def export_trajectories(run_dir: Path, out: Path, form: Form, asked: Filter, limit: int | None = None) -> int:
+def export_trajectories(
+    run_dir: Path,
+    out: Path,
+    form: Form,
+    asked: Filter,
+    limit: int | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> int:
     """Write the trajectories that pass `asked`, oldest first and at most `limit`; return how many were written.
 
     "trl" and "verl" write a file for each credited step of `asked`, and return how many files. A file appears whole
-    or not at all. Raises `UsageError` where `out` is there, or where a package is missing.
+    or not at all. What is damaged or not kept is left out; `tell` hears how much that is. Raises `UsageError` where
+    `out` is there, where a package is missing, or where there is nothing to write.
     """
+    tell = tell or (lambda line: None)
     if out.exists() and not (out.is_dir() and form in ("trl", "verl") and not any(out.iterdir())):
         raise UsageError(f"{out} is there already; name a new file")
     with StoreReader(run_dir) as reader:
         if form in ("trl", "verl"):
             from agentrl.store.batches import export_batches
 
-            return export_batches(reader, out, form, stage=asked.stage, step=asked.step)
+            files, left_out = export_batches(reader, out, form, stage=asked.stage, step=asked.step)
+            if left_out:
+                tell(f"{left_out} credited episodes were left out: their token arrays are damaged or were not kept")
+            return files
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(out.name + ".part")
-        count = [0]
+        count, damaged = [0], []
 
         def lines() -> Iterator[dict[str, Any]]:
             for entry in islice(_entries(reader, asked), limit):
+                try:
+                    line = _line(reader, entry)
+                except DamagedFrame as error:
+                    damaged.append(f"{entry.id}: {error}")
+                    continue
                 count[0] += 1
-                yield _line(reader, entry)
+                yield line
 
         if form == "parquet":
             _parquet(lines(), part)
@@ -120,6 +138,12 @@ def export_trajectories(run_dir: Path, out: Path, form: Form, asked: Filter, lim
                     file.writelines(json.dumps(line, default=_plain) + "\n" for line in lines())
                 file.flush()
                 os.fsync(file.fileno())
+        if damaged:
+            tell(f"{len(damaged)} trajectories were left out, {damaged[0]}")
+        if not count[0]:
+            part.unlink()
+            what = f"can be read: {damaged[0]}" if damaged else "is one that was asked for"
+            raise UsageError(f"no trajectory of {run_dir} {what}")
         part.replace(out)
     return count[0]
 
@@ -169,18 +193,16 @@ def _sound(value: Any) -> Any:
 
 def _image(reader: StoreReader, sha: str) -> Image | None:
     try:
-        path = reader.image(sha)
-    except KeyError:
+        return reader.picture(sha)
+    except (KeyError, DamagedFrame):
         return None
-    kinds: dict[str, str] = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
-    return Image(path.read_bytes(), kinds.get(path.suffix, "application/octet-stream"))
 
 
 def _prompt(reader: StoreReader, entry: Entry) -> str | None:
     """The first turn's context in words, where its tokens and their texts were kept."""
     try:
         trajectory = reader.get(entry.id, entry.attempt)
-    except TokensNotKept:
+    except (TokensNotKept, DamagedFrame):
         return None
     ids = ids_of(trajectory.turns[0].context).tolist() if trajectory.turns else []
     pieces = reader.pieces(ids)
@@ -202,7 +224,7 @@ def _line(reader: StoreReader, entry: Entry) -> dict[str, Any]:
     record = as_json(reader.get(entry.id, entry.attempt, tokens=False))
     credit = [
         {"step": c.step, "reward": c.reward, "parts": c.parts, "turn_rewards": c.turn_rewards}
-        for c in reader.credits(id=entry.id, attempt=entry.attempt)
+        for c in reader.credits(id=entry.id, attempt=entry.attempt, damaged=[])
     ]
     place = {"stage": entry.stage, "step": entry.step, "split": entry.split}
     return {**place, **record, "prompt": _prompt(reader, entry), "credit": credit}

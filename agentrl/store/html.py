@@ -82,7 +82,7 @@ def _article(record: Mapping[str, Any], image: Callable[[str], Image | None]) ->
 
 def _picture(image: Image | None, sha: str) -> str:
     if image is None or image.mime not in ("image/png", "image/jpeg", "image/webp"):
-        return f"<p>[image {text(sha[:8])}]</p>"
+        return f"<p>[image {text(sha[:8])}{' is missing' if image is None else ''}]</p>"
     return f'<img alt="{text(image.alt)}" src="data:{image.mime};base64,{base64.b64encode(image.data).decode()}">'
 
 

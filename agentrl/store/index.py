@@ -21,7 +21,11 @@ from agentrl.trajectory import Trajectory
 NAME = "index.sqlite"
 FORMAT = 2
 READABLE = (1, FORMAT)  # an index of format 1 has no search, and fewer indices
-_NETWORK = re.compile(r"(nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|fuse\.(sshfs|glusterfs|s3fs).*)")
+# What several machines mount, or a machine and its host: no memory is shared there. FUSE counts, but for these.
+_NETWORK = re.compile(
+    r"nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|gpfs|gfs2|ocfs2|pvfs2|wekafs|virtiofs|vboxsf|prl_fs|"
+    r"fuse\.(?!fuse-overlayfs|ntfs|mergerfs|bindfs|gocryptfs|encfs).+"
+)
 _CACHE = "PRAGMA cache_size = -65536"  # KiB: a long list's indices grow beyond SQLite's 2 MiB
 _log = logging.getLogger(__name__)
 
@@ -88,7 +92,7 @@ def file_system(path: Path, mounts: str = "/proc/mounts") -> str:
         return ""
     where = str(path.resolve())
     best, kind = "", ""
-    for fields in (line.split() for line in lines):
+    for fields in (fields for line in lines if len(fields := line.split()) > 2):
         point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[1])
         inside = where == point or where.startswith(point.rstrip("/") + "/")
         if inside and len(point) >= len(best):
@@ -126,9 +130,10 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
     """Open the index of a run for reading. Raises `UsageError` where there is none."""
     path = folder / NAME
     if not path.is_file():
-        raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); name the folder of a run")
+        raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); {_or_rebuild(path)}")
     # Without write access there is no shared memory to make, and so no writer to wait for.
-    access = "mode=rw" if os.access(folder, os.W_OK) else "mode=ro&immutable=1"
+    alone = not os.access(folder, os.W_OK) or _left_in_wal(path, file_system(folder))
+    access = "mode=ro&immutable=1" if alone else "mode=rw"
     try:
         connection = sqlite3.connect(
             f"{path.resolve().as_uri()}?{access}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
@@ -138,11 +143,35 @@ def connect_reader(folder: Path) -> sqlite3.Connection:
     except sqlite3.DatabaseError as error:
         raise index_failed(path, error) from error
     if version == 0:
-        raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
+        raise UsageError(f"no trajectories are in {path} yet; {_or_rebuild(path, 'wait for its first step')}")
     if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
     connection.execute(_CACHE)
     return connection
+
+
+def _or_rebuild(path: Path, otherwise: str = "name the folder of a run") -> str:
+    """What to do about an index that lists nothing."""
+    there = any(segment.stat().st_size for segment in (path.parent / "seg").glob("*.bin"))
+    return f"its segments are there; run: {_remedy(path)}" if there else otherwise
+
+
+def _left_in_wal(path: Path, kind: str) -> bool:
+    """Whether an index in WAL mode came from a local disk onto a network file system, where it cannot be shared.
+
+    It can be read as it stands. Raises `UsageError` where some of it is still in the log beside it.
+    """
+    if not _NETWORK.fullmatch(kind):
+        return False
+    with path.open("rb") as file:
+        in_wal = file.read(20)[18:20] == b"\x02\x02"  # the file's write and read version
+    log = path.with_name(path.name + "-wal")
+    if in_wal and log.exists() and log.stat().st_size:
+        raise UsageError(
+            f"{path} was written on a local disk and not closed, and lies on {kind} now, where its log cannot be read; "
+            f"run: {_remedy(path)}"
+        )
+    return in_wal
 
 
 def _version(connection: sqlite3.Connection) -> int:
@@ -210,6 +239,12 @@ def insert(
     connection.executemany(INSERT_PIECE, pieces)
     connection.executemany(INSERT_EXTENT, extents)
     return first
+
+
+def extent(connection: sqlite3.Connection, segment: str) -> int:
+    """Up to which byte of a segment, by name, the index knows its frames."""
+    row = connection.execute("SELECT indexed FROM segments WHERE name = ?", (segment,)).fetchone()
+    return int(row[0]) if row else 0
 
 
 def rewind(connection: sqlite3.Connection, stage: str, step: int) -> None:

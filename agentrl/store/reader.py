@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sqlite3
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from agentrl.content import Image
 from agentrl.errors import UsageError
 from agentrl.store import index
 from agentrl.store.codec import TokensNotKept, spans_of, trajectory_in
@@ -19,6 +21,7 @@ from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
 from agentrl.store.journal import read_journals
 from agentrl.store.key import EpisodeKey
 from agentrl.store.query import Filter, Sort, select
+from agentrl.store.tokens import Tokens, tokens_of
 from agentrl.trajectory import Span, Trajectory, Turn
 
 
@@ -69,8 +72,20 @@ class Page:
     last: Cursor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Sibling:
+    """A member of a group. `credit` is what it was worth, None where it gave none (dropped, failed, not trained)."""
+
+    entry: Entry
+    trajectory: Trajectory
+    credit: Credit | None
+
+
 _COLUMNS = ", ".join(f"t.{name}" for name in Entry.__dataclass_fields__)
 _ALL = Filter()
+_MIMES = {
+    ".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".bin": "application/octet-stream",
+}  # fmt: skip
 _FLAGS = [list(Entry.__dataclass_fields__).index(name) for name in ("success", "latest")]
 _PLACES = "segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length"
 
@@ -136,6 +151,16 @@ class StoreReader:
         last = Cursor(getattr(entries[-1], by), entries[-1].rowid) if entries else after
         return Page(entries, last if len(rows) > limit else None, last)
 
+    def entries(self, asked: Filter = _ALL) -> Iterator[Entry]:
+        """All that passes `asked`, oldest first, read a page at a time."""
+        after = None
+        while True:
+            page = self.query(asked, after=after, limit=1000)
+            yield from page.entries
+            after = page.next
+            if after is None:
+                return
+
     def entry(self, id: str, attempt: int | None = None) -> Entry:
         """One line of the list. Raises `KeyError` where there is none."""
         clause, values = _which(id, attempt)
@@ -159,7 +184,39 @@ class StoreReader:
         if not tokens:
             return trajectory_in(head, read, None)
         spans = self._spans(tokens_segment or segment, tokens_offset, tokens_length, {})
-        return trajectory_in(head, read, spans)
+        try:
+            return trajectory_in(head, read, spans)
+        except TokensNotKept:
+            raise TokensNotKept(
+                f"the token arrays of {id} were not kept (store.tokens of the run's configuration); what was said, "
+                "calls, results and rewards are there: read it without tokens"
+            ) from None
+
+    def group(self, id: str, *, step: int | None = None, tokens: bool = True) -> list[Sibling]:
+        """The members of a group with their credit, by their place in it; then those that gave none.
+
+        A member may be of another group (a replayed episode). `step` is that of the credit, the latest by default.
+        Token arrays that were not kept are left out. Raises `KeyError` where there is no such group.
+        """
+        credits = self.credits(group=id)
+        at = max((credit.step for credit in credits), default=None) if step is None else step
+        members = [credit for credit in credits if credit.step == at]
+        known = {(credit.id, credit.attempt) for credit in members}
+        entries: list[tuple[Entry, Credit | None]] = [(self.entry(each.id, each.attempt), each) for each in members]
+        others = (entry for entry in self.entries(Filter(group=id)) if (entry.id, entry.attempt) not in known)
+        entries += [(entry, None) for entry in others]
+        if not entries:
+            raise KeyError(f"no group {id!r} is stored")
+        return [Sibling(entry, self._any(entry, tokens), credit) for entry, credit in entries]
+
+    def tokens(self, id: str, attempt: int | None = None, *, step: int | None = None) -> Tokens:
+        """A trajectory token by token, with its credit of `step` (the latest by default).
+
+        Raises `KeyError` where it is not stored, `TokensNotKept` where `store.tokens` dropped its arrays.
+        """
+        trajectory = self.get(id, attempt)
+        found = self.credits(id=id, attempt=trajectory.attempt, step=step)
+        return tokens_of(trajectory, max(found, key=lambda credit: credit.step, default=None), self.pieces)
 
     def credit(self, id: str, step: int, attempt: int | None = None) -> Credit | None:
         """What a trajectory was worth at a step (its first membership there), or None."""
@@ -174,8 +231,12 @@ class StoreReader:
         step: int | None = None,
         stage: str | None = None,
         attempt: int | None = None,
+        damaged: list[str] | None = None,
     ) -> list[Credit]:
-        """The credit of every membership asked for, by (stage, step, group, member)."""
+        """The credit of every membership asked for, by (stage, step, group, member).
+
+        What cannot be read raises `DamagedFrame`; where a list `damaged` is given, it takes the sentence instead.
+        """
         given = {"id": id, "group_id": group, "step": step, "stage": stage, "attempt": attempt}
         asked = {column: value for column, value in given.items() if value is not None}
         where = " AND ".join([f"{column} = ?" for column in asked] or ["1"])
@@ -183,8 +244,17 @@ class StoreReader:
             f"SELECT segment, offset, length FROM credit WHERE {where} ORDER BY stage, step, group_id, member",
             *asked.values(),
         )
-        frames = [self._frame(*row) for row in rows]
-        return [credit_in(frame.meta, frame.body) for frame in frames]
+        found = []
+        for row in rows:
+            try:
+                frame = self._frame(*row)
+            except DamagedFrame as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+            else:
+                found.append(credit_in(frame.meta, frame.body))
+        return found
 
     def credited(self) -> list[tuple[str, int]]:
         """Every (stage, step) that gave credit, in order."""
@@ -233,9 +303,9 @@ class StoreReader:
         ((version,),) = self._rows("PRAGMA user_version")
         return int(version)
 
-    def count(self) -> int:
-        """How many trajectories are stored, without attempts that were superseded."""
-        ((n,),) = self._rows("SELECT COUNT(*) FROM trajectories WHERE latest")
+    def count(self, *, all_attempts: bool = False) -> int:
+        """How many trajectories are stored, without attempts that were superseded unless asked."""
+        ((n,),) = self._rows(f"SELECT COUNT(*) FROM trajectories{'' if all_attempts else ' WHERE latest'}")
         return int(n)
 
     def facets(self) -> dict[str, Any]:
@@ -270,6 +340,10 @@ class StoreReader:
                 return found
             found.append(rows[0][0])
 
+    def extents(self) -> dict[str, int]:
+        """Up to which byte the index knows each segment."""
+        return dict(self._rows("SELECT name, indexed FROM segments"))
+
     def ids(self) -> list[tuple[str, int]]:
         """Every (id, latest attempt), sorted."""
         return [
@@ -287,11 +361,19 @@ class StoreReader:
             )
         return found
 
+    def picture(self, sha256: str) -> Image:
+        """A stored picture. Raises `KeyError` where there is none, `DamagedFrame` where its bytes are other ones."""
+        path = self.image(sha256)
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise DamagedFrame(f"{path} is not the picture that was stored; restore it from a copy")
+        return Image(data, _MIMES[path.suffix])
+
     def image(self, sha256: str) -> Path:
-        """The file of a stored picture. Raises `KeyError` where there is none."""
+        """The file of a stored picture, unread. Raises `KeyError` where there is none."""
         media = self._run_dir / "media"
         if re.fullmatch("[0-9a-f]{64}", sha256):
-            for suffix in (".png", ".jpg", ".webp", ".bin"):
+            for suffix in _MIMES:
                 if (path := media / f"{sha256}{suffix}").is_file():
                     return path
         raise KeyError(f"no picture {sha256!r} in {self._run_dir / 'media'}")
@@ -341,11 +423,23 @@ class StoreReader:
         with self._lock:
             fd = self._files.get(segment)
             if fd is None:
-                fd = self._files[segment] = os.open(self._folder / segment, os.O_RDONLY)
+                try:
+                    fd = self._files[segment] = os.open(self._folder / segment, os.O_RDONLY)
+                except FileNotFoundError:
+                    if not segment.endswith(".bin"):  # token arrays that `last_k` dropped
+                        raise
+                    raise DamagedFrame(f"{self._folder / segment} is missing; restore it from a copy") from None
         frame = parse(os.pread(fd, length, offset))
         if frame is None:
             raise DamagedFrame(f"{self._folder / segment} is damaged at byte {offset}; restore it from a copy")
         return frame
+
+    def _any(self, entry: Entry, tokens: bool) -> Trajectory:
+        """A trajectory with what is there of its tokens."""
+        try:
+            return self.get(entry.id, entry.attempt, tokens=tokens)
+        except TokensNotKept:
+            return self.get(entry.id, entry.attempt, tokens=False)
 
     def _spans(
         self, segment: str, offset: int, length: int, known: dict[tuple[str, int], Sequence[Span | None]]
@@ -388,4 +482,4 @@ def _absent(id: str, attempt: int | None) -> str:
     )
 
 
-__all__ = ["Cursor", "Entry", "Filter", "Page", "Sort", "StoreReader", "TokensNotKept"]
+__all__ = ["Cursor", "Entry", "Filter", "Page", "Sibling", "Sort", "StoreReader", "Tokens", "TokensNotKept"]

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentrl.errors import UsageError
 from agentrl.store import index, text
-from agentrl.store.frames import Frame, Kind, scan, unpack
-from agentrl.store.segments import number_of, open_locked
+from agentrl.store.frames import Frame, Kind, parse, scan, unpack
+from agentrl.store.segments import number_of, open_locked, take_over
 
 _BATCH = 1000
-_NOTHING = b"\x90"  # an empty list: the observations of a trajectory without turns
+# Where another writer's later attempt was indexed first; an earlier one was superseded as it came.
 _LATEST = """
-UPDATE trajectories SET latest = attempt = (SELECT MAX(attempt) FROM trajectories AS t WHERE t.id = trajectories.id)
-WHERE id IN (SELECT id FROM trajectories WHERE attempt > 0)
+UPDATE trajectories SET latest = 0
+WHERE id = ?1 AND attempt < (SELECT MAX(attempt) FROM trajectories WHERE id = ?1) AND latest
 """
+_NOTHING = b"\x90"  # an empty list: the observations of a trajectory without turns
 
 
 class Indexer:
     """Puts the frames of segments into an index, within the caller's transaction.
 
-    What is indexed already stays as it is. A prompt's words stand behind it in the segment, or in that of
-    another writer: such texts wait until `finish`.
+    What is indexed already stays as it is. A prompt's words may stand in the segment of another writer: such
+    texts wait until `finish`. What a prompt shares with a trajectory that was indexed before is looked up in `folder`.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._db = connection
+    def __init__(self, connection: sqlite3.Connection, folder: Path) -> None:
+        self._db, self._folder = connection, folder
         self._rows: list[tuple[Any, ...]] = []
         self._texts: list[_Text] = []
         self._credit: list[tuple[Any, ...]] = []
@@ -37,13 +39,16 @@ class Indexer:
         self._known = dict(connection.execute("SELECT token, piece FROM pieces"))
         self._waiting: list[tuple[int, _Text]] = []
 
-    def segment(self, segment: Path, start: int = 0) -> int:
-        """Index the frames of `segment` from byte `start` on; return where its last sound frame ends."""
+    def segment(self, segment: Path, start: int = 0, frames: Iterable[Frame] | None = None) -> int:
+        """Index the frames of `segment` from byte `start` on; return where its last sound frame ends.
+
+        `frames` are those of them that were read already, where somebody else may cut the file meanwhile.
+        """
         end = start
         prompts: text.Known = {}
         moment: Any = None
         tokens = read = None
-        for frame in scan(segment, start, body=True):
+        for frame in scan(segment, start, body=True) if frames is None else frames:
             place = (segment.name, frame.offset, frame.length)
             if frame.kind == Kind.TOKENS:
                 tokens = frame
@@ -54,7 +59,7 @@ class Indexer:
                     moment = frame.meta[2:4]
                     prompts.clear()
                 self._rows.append((*frame.meta, *place))
-                self._texts.append(_text(frame, read, tokens, prompts))
+                self._texts.append(self._text(frame, read, tokens, prompts))
                 tokens = read = None
             elif frame.kind == Kind.CREDIT:
                 self._credit.append((*frame.meta[: len(index.CREDIT_FACTS)], *place))
@@ -78,6 +83,8 @@ class Indexer:
             if not self._db.execute("SELECT 1 FROM trajectories WHERE id = ? AND attempt = ?", row[:2]).fetchone()
         ]
         first = index.insert(self._db, trajectories=[row for row, _ in fresh], credit=self._credit, pieces=self._pieces)
+        for row, _ in fresh:
+            self._db.execute(_LATEST, row[:1])
         self._waiting += [(first + i, said) for i, (_, said) in enumerate(fresh)]
         ready = [item for item in self._waiting if item[1].prompt <= self._known.keys()]
         self._waiting = [item for item in self._waiting if not item[1].prompt <= self._known.keys()]
@@ -89,10 +96,43 @@ class Indexer:
         """Nothing comes any more."""
         self._search(self._waiting)
         self._waiting = []
-        self._db.execute(_LATEST)
 
     def _search(self, texts: list[tuple[int, _Text]]) -> None:
+        for token in {token for _, said in texts for token in said.ids if token not in self._known}:
+            for (piece,) in self._db.execute("SELECT piece FROM pieces WHERE token = ?", (token,)):
+                self._known[token] = piece  # another writer's, since this was made
         self._db.executemany(index.INSERT_TEXT, [(rowid, said.text(self._known)) for rowid, said in texts])
+
+    def _text(self, frame: Frame, read: Frame | None, tokens: Frame | None, prompts: text.Known) -> _Text:
+        """The text of a trajectory whose frames these are; frames that do not belong to it are none."""
+        name = (frame.meta[0], frame.meta[1])
+        observations = read.body if read is not None and tuple(read.meta[:2]) == name else _NOTHING
+        ids: list[int] = []
+        if tokens is not None and tuple(tokens.meta[:2]) == name:
+            table = _table(tokens)
+            for owner in {(row[0], row[1]) for row in table if len(row) == 3 and tuple(row) not in prompts}:
+                self._learn(owner, prompts)
+            ids = text.prompt_ids(frame.body, table, tokens.body, name, prompts).tolist()
+        return _Text(ids, frame.body, observations)
+
+    def _learn(self, owner: tuple[str, int], prompts: text.Known) -> None:
+        """The spans of a trajectory that was indexed before this scan began, as far as they stand in its segment."""
+        places = "segment, tokens_segment, tokens_offset, tokens_length"
+        for name, elsewhere, offset, length in self._db.execute(
+            f"SELECT {places} FROM trajectories WHERE id = ? AND attempt = ?", owner
+        ):
+            if elsewhere or offset < 0 or not (self._folder / name).is_file():
+                continue
+            with (self._folder / name).open("rb") as file:
+                frame = parse(os.pread(file.fileno(), length, offset))
+            if frame is not None:
+                text.learn(_table(frame), frame.body, owner, prompts)
+
+
+def _table(tokens: Frame) -> list[Any]:
+    """The span table of a TOKENS frame."""
+    rows: list[Any] = unpack(tokens.body[sum(tokens.meta[2]) :])
+    return rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,24 +153,12 @@ class _Text:
         return text.text_in(prompt, self.head, self.read)
 
 
-def _text(frame: Frame, read: Frame | None, tokens: Frame | None, prompts: text.Known) -> _Text:
-    """The text of a trajectory whose frames these are; frames that do not belong to it are none."""
-    name = (frame.meta[0], frame.meta[1])
-    observations = read.body if read is not None and tuple(read.meta[:2]) == name else _NOTHING
-    ids: list[int] = []
-    if tokens is not None and tuple(tokens.meta[:2]) == name:
-        sizes = tokens.meta[2]
-        table = unpack(tokens.body[sum(sizes) :])
-        ids = text.prompt_ids(frame.body, table, tokens.body, name, prompts).tolist()
-    return _Text(ids, frame.body, observations)
-
-
 def catch_up(connection: sqlite3.Connection, segment: Path, start: int = 0) -> int:
     """Index the frames of `segment` from byte `start` on; return where its last sound frame ends.
 
     Runs within the caller's transaction. What is indexed already stays as it is.
     """
-    indexer = Indexer(connection)
+    indexer = Indexer(connection, segment.parent)
     end = indexer.segment(segment, start)
     indexer.finish()
     return end
@@ -140,18 +168,21 @@ def rebuild(run_dir: Path) -> int:
     """Make the index of a run from its segments; return the number of trajectories in it.
 
     The old index is replaced once the new one is whole. Raises `UsageError` where the folder has no
-    segments, or where one of them is being written.
+    segments, where one of them is being written, or where a collector is at work.
     """
     segments = sorted((run_dir / "seg").glob("*.bin"), key=lambda path: (path.name.rpartition("-")[0], number_of(path)))
     if not segments:
         raise UsageError(f"{run_dir} holds no segments (seg/*.bin) to make an index from; name the folder of a run")
-    locks = [open_locked(path) for path in segments]
+    if (run_dir / index.NAME).is_dir():
+        raise UsageError(f"{run_dir / index.NAME} is a folder; remove it, the index is made in its place")
+    locks = [take_over(run_dir)]
     try:
+        locks += [open_locked(path) for path in segments]
         fresh = run_dir / f"{index.NAME}.new"
         _remove(fresh)
         connection = index.connect(run_dir, name=fresh.name)
         connection.execute("BEGIN IMMEDIATE")
-        indexer = Indexer(connection)
+        indexer = Indexer(connection, run_dir / "seg")
         for segment in segments:
             indexer.segment(segment)
         indexer.finish()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from agentrl.errors import RunFailed, UsageError
 
+COLLECTOR = "collector.lock"
 _FLUSH = 4 << 20
 _NAME = re.compile(r"[A-Za-z0-9_]+")
 
@@ -72,6 +73,29 @@ def open_locked(path: Path) -> int:
     except OSError as error:
         os.close(fd)
         raise UsageError(f"{path} is being written by another process; wait for it, or stop it first") from error
+    return fd
+
+
+def take_over(run_dir: Path) -> int:
+    """A lock that makes this process the one that collects for a run's index, until it is closed.
+
+    Raises `UsageError` where another process has it.
+    """
+    path = run_dir / COLLECTOR
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise disk_failed(path, error) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        owner = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
+        os.close(fd)
+        raise UsageError(
+            f"{run_dir} has a collector already, process {owner}: let it work, or stop it first (a run has one)"
+        ) from error
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
     return fd
 
 

@@ -64,6 +64,15 @@ def _values(arguments: Mapping[str, Any]) -> str:
     return " ".join(f"{name} {value}" for name, value in arguments.items() if isinstance(value, str | int | float))
 
 
+def learn(table: Sequence[Sequence[Any]], data: bytes, name: tuple[str, int], known: Known) -> None:
+    """Put all of a trajectory's own spans into `known`; `table` and `data` as in `prompt_ids`."""
+    at = 0
+    for number, row in enumerate(table):
+        if len(row) > 3:
+            known[(*name, number)] = np.frombuffer(data, "<i4", row[0], at)
+            at += 4 * row[0]
+
+
 def prompt_ids(head: bytes, table: Sequence[Sequence[Any]], data: bytes, name: tuple[str, int], known: Known) -> Ids:
     """The ids of the first turn's context, from packed bytes: the head, the span table and the arrays of its frames.
 

@@ -1,7 +1,9 @@
 """Writing: append to the segment, wait for the disk, commit the index row; then it is acknowledged.
 
-Trajectories that share spans in memory (a fork and its parent, siblings and their prompt) share
-them on disk as long as they are of one step. Every method may be called from any thread.
+Where many processes write to one run, each appends to segments of its own and leaves the index to the run's one
+collector (`indexed=False`; `collector.py`); what is on disk is then acknowledged. Trajectories that share spans in
+memory (a fork and its parent, siblings and their prompt) share them on disk as long as they are of one step.
+Every method may be called from any thread.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from agentrl.errors import RunFailed
 from agentrl.store import index
 from agentrl.store.codec import SpanTable, Stored, trajectory_out
 from agentrl.store.credit import credit_out
-from agentrl.store.frames import Encoder, Kind
+from agentrl.store.frames import Encoder, Kind, scan
 from agentrl.store.journal import Journal
 from agentrl.store.key import EpisodeKey
 from agentrl.store.rebuild import catch_up
@@ -33,6 +35,7 @@ Keep = Literal["all", "every_n", "last_k"]
 _EXTENSIONS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
 _MOMENTS = 1024  # (stage, step) pairs that are remembered; so many steps never overlap
 Pieces = Callable[[Ids], list[str]]
+_Plain = tuple[SpanTable | None, list[Any], list[Any]]
 
 
 class StoreWriter:
@@ -41,6 +44,8 @@ class StoreWriter:
     `pieces` gives the text of each id, stored once per run, so that a reader needs no tokenizer.
     `tokens` says which token arrays to keep: "all", those of every `n`-th step, or of the last `n`
     steps; messages, observations and credit are always kept. A segment is full at `segment_bytes`.
+    With `indexed` False it touches no index: readers see what it wrote once a `Collector` has been there, and of
+    an (id, attempt) that is written twice the first counts.
 
     Once the disk has refused to write, every method raises `RunFailed`: reopen the run to go on.
     """
@@ -53,6 +58,7 @@ class StoreWriter:
         pieces: Pieces | None = None,
         tokens: Keep = "all",
         n: int = 1,
+        indexed: bool = True,
         segment_bytes: int = 256 << 20,
     ) -> None:
         if n < 1:
@@ -80,32 +86,51 @@ class StoreWriter:
         with ExitStack() as undo:
             self._segment = Segment(own[-1] if own else self._folder / f"{writer}-0.bin")
             undo.callback(self._segment.close)
-            self._db = index.connect(run_dir)
-            undo.callback(self._db.close)
+            self._db = index.connect(run_dir) if indexed else None
+            if self._db is not None:
+                undo.callback(self._db.close)
             with self._guard():
-                self._recover(own)
-                self._journal = Journal(self._folder, writer, self._latest)
-                if pieces is not None:
+                latest = self._recover(self._db, own) if self._db is not None else self._cut(own)
+                self._journal = Journal(self._folder, writer, latest)
+                if pieces is not None and self._db is not None:
                     self._words = dict(self._db.execute("SELECT token, piece FROM pieces"))
                     self._grow(max(self._words, default=-1) + 1)
                     self._seen[list(self._words)] = True
             undo.pop_all()
 
-    def _recover(self, own: Sequence[Path]) -> None:
-        """Index what was appended but not committed before a crash, and cut the torn tail."""
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+    def _recover(self, db: sqlite3.Connection, own: Sequence[Path]) -> Callable[[str], int]:
+        """Index what was appended but not committed before a crash, and cut the torn tail.
+
+        Returns what tells the latest stored attempt of an id, -1 where there is none.
+        """
+        with db:
+            db.execute("BEGIN IMMEDIATE")
             for path in own:
-                row = self._db.execute("SELECT indexed FROM segments WHERE name = ?", (path.name,)).fetchone()
-                start = int(row[0]) if row else 0
+                start = index.extent(db, path.name)
                 if path.stat().st_size > start:
-                    end = catch_up(self._db, path, start)
+                    end = catch_up(db, path, start)
                     if path == self._segment.path and end < self._segment.end:
                         self._segment.cut(end)
 
-    def _latest(self, id: str) -> int:
-        (attempt,) = self._db.execute("SELECT MAX(attempt) FROM trajectories WHERE id = ?", (id,)).fetchone()
-        return -1 if attempt is None else int(attempt)
+        def latest(id: str) -> int:
+            (attempt,) = db.execute("SELECT MAX(attempt) FROM trajectories WHERE id = ?", (id,)).fetchone()
+            return -1 if attempt is None else int(attempt)
+
+        return latest
+
+    def _cut(self, own: Sequence[Path]) -> Callable[[str], int]:
+        """The same without an index: cut the torn tail, and learn from its own segments what is stored."""
+        attempts: dict[str, int] = {}
+        for path in own:
+            end = 0
+            for frame in scan(path):
+                end = frame.offset + frame.length
+                if frame.kind == Kind.TRAJECTORY:
+                    id, attempt = frame.meta[:2]
+                    attempts[id] = max(attempt, attempts.get(id, -1))
+            if path == self._segment.path and end < self._segment.end:
+                self._segment.cut(end)
+        return lambda id: attempts.get(id, -1)
 
     # -- what the rollout manager and the trainer call ------------------------------------------
 
@@ -125,7 +150,7 @@ class StoreWriter:
     def add(self, trajectories: Sequence[Trajectory], *, step: int, stage: str, split: str = "train") -> None:
         """Store finished trajectories: when this returns, they survive a crash of the machine.
 
-        Raises `ValueError` where an (id, attempt) is stored already, and `TypeError` where one holds a
+        Raises `ValueError` where an (id, attempt) is in the index already, and `TypeError` where one holds a
         value that no record can hold; it then stores none of them.
         """
         with self._lock, self._guard():
@@ -139,9 +164,10 @@ class StoreWriter:
             self._roll()
             batch = _Batch(self._segment.end, self._token_segment.end if self._token_segment else -1)
             try:
-                for trajectory in trajectories:
-                    self._encode(batch, trajectory, step, stage, split)
-                self._encode_pieces(batch)
+                plain = [self._number(batch, trajectory, step) for trajectory in trajectories]
+                self._encode_pieces(batch)  # first, so that whoever reads on knows the words of what follows
+                for trajectory, parts in zip(trajectories, plain, strict=True):
+                    self._encode(batch, trajectory, parts, step, stage, split)
                 self._commit(batch)
             except (TypeError, ValueError):
                 self._stored.clear()  # what was to be shared is not there
@@ -167,9 +193,9 @@ class StoreWriter:
         """Keep a picture as media/<sha256>.<ext>; a picture that is there already costs nothing."""
         path = self._media / f"{image.sha256}{_EXTENSIONS.get(image.mime, '.bin')}"
         with self._lock, self._guard():
-            if path.exists():
+            if path.exists() and path.stat().st_size == len(image.data):  # else a crash of the machine cut it short
                 return
-            part = path.with_suffix(".part")
+            part = path.with_suffix(f".{self._writer}.part")
             fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
             try:
                 write_all(fd, image.data)
@@ -191,15 +217,18 @@ class StoreWriter:
     def rewind(self, stage: str, step: int) -> None:
         """The run goes on at `step` of `stage`: what it had credited there and later is credited anew."""
         with self._lock, self._guard():
-            found = self._db.execute("SELECT 1 FROM credit WHERE stage = ? AND step >= ? LIMIT 1", (stage, step))
-            if found.fetchone() is None:
-                return
+            db = self._db
+            if db is not None:
+                found = db.execute("SELECT 1 FROM credit WHERE stage = ? AND step >= ? LIMIT 1", (stage, step))
+                if found.fetchone() is None:
+                    return
             self._segment.append(self._encoder.frame(Kind.REWIND, (stage, step), b""))
             self._segment.sync()
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")
-                index.rewind(self._db, stage, step)
-                index.insert(self._db, extents=[(self._segment.name, self._segment.end)])
+            if db is not None:
+                with db:
+                    db.execute("BEGIN IMMEDIATE")
+                    index.rewind(db, stage, step)
+                    index.insert(db, extents=[(self._segment.name, self._segment.end)])
 
     def flush(self) -> None:
         """Acknowledge credit appended so far."""
@@ -220,7 +249,8 @@ class StoreWriter:
                 self._segment.close()
                 if self._token_segment is not None:
                     self._token_segment.close()
-                self._db.close()
+                if self._db is not None:
+                    self._db.close()
 
     def __enter__(self) -> Self:
         return self
@@ -265,31 +295,47 @@ class StoreWriter:
             for path in [*old, self._token_segment.path][: -self._n]:
                 path.unlink()
 
-    def _encode(self, batch: _Batch, trajectory: Trajectory, step: int, stage: str, split: str) -> None:
-        """Add a trajectory's frames and its index row to the batch."""
-        frame = self._encoder.frame
+    def _number(self, batch: _Batch, trajectory: Trajectory, step: int) -> _Plain:
+        """A trajectory as plain values: its spans (None where their arrays are not kept), head and observations."""
         table = SpanTable(self._stored)
         head, observations = trajectory_out(trajectory, table)
+        if self._keep == "every_n" and step % self._n:
+            return None, head, observations
+        for number, span in table.own():
+            self._stored[id(span)] = Stored(span, trajectory.id, trajectory.attempt, number)
+        if self._pieces_of is not None:
+            batch.ids += table.ids
+        return table, head, observations
+
+    def _encode(
+        self,
+        batch: _Batch,
+        trajectory: Trajectory,
+        parts: _Plain,
+        step: int,
+        stage: str,
+        split: str,
+    ) -> None:
+        """Add a trajectory's frames and its index row to the batch."""
+        frame = self._encoder.frame
+        table, head, observations = parts
         name = (trajectory.id, trajectory.attempt)
         tokens = ("", -1, 0)
-        if self._keep != "every_n" or step % self._n == 0:
+        if table is not None:
             arrays, sizes = table.arrays()
             block = frame(Kind.TOKENS, (*name, sizes), arrays + self._encoder.pack(table.rows))
             if self._token_segment is None:
                 tokens = ("", batch.put(block), len(block))
             else:
                 tokens = (self._token_segment.name, batch.put_tokens(block), len(block))
-            for number, span in table.own():
-                self._stored[id(span)] = Stored(span, *name, number)
-            if self._pieces_of is not None:
-                batch.ids += table.ids
         block = frame(Kind.OBSERVATIONS, name, self._encoder.pack(observations))
         read = (batch.put(block), len(block))
         facts = index.facts_of(trajectory, step=step, stage=stage, split=split, tokens=tokens, read=read)
         block = frame(Kind.TRAJECTORY, facts, self._encoder.pack(head))
         batch.rows.append((*facts, self._segment.name, batch.put(block), len(block)))
-        here = tokens[0] == "" and tokens[1] >= 0  # else a rebuild could not read the prompt
-        batch.texts.append(text_of(self._prompt(trajectory) if here else "", trajectory.turns))
+        if self._db is not None:
+            here = tokens[0] == "" and tokens[1] >= 0  # else a rebuild could not read the prompt
+            batch.texts.append(text_of(self._prompt(trajectory) if here else "", trajectory.turns))
 
     def _prompt(self, trajectory: Trajectory) -> str:
         """The text of the first turn's context; spans that siblings share are put into words once."""
@@ -327,29 +373,35 @@ class StoreWriter:
 
     def _commit(self, batch: _Batch) -> None:
         """Rows into an open transaction, frames onto the disk, and only then the commit."""
-        segment, tokens = self._segment, self._token_segment
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
-                index.insert(
-                    self._db, trajectories=batch.rows, credit=self._credit, pieces=batch.pieces, texts=batch.texts
-                )
-            except sqlite3.IntegrityError as error:
-                raise ValueError(f"an (id, attempt) is stored already; write the next attempt ({error})") from error
-            for path in self._unsynced:
-                sync_path(path)
-            if self._unsynced:
-                sync_path(self._media)
-            if tokens is not None:
-                tokens.append(b"".join(batch.token_frames))
-                tokens.sync()
-            for block in batch.frames:
-                segment.append(block)
-            segment.sync()
-            index.insert(self._db, extents=[(segment.name, segment.end)])
+        if self._db is None:
+            self._append(batch)
+        else:
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                try:
+                    index.insert(
+                        self._db, trajectories=batch.rows, credit=self._credit, pieces=batch.pieces, texts=batch.texts
+                    )
+                except sqlite3.IntegrityError as error:
+                    raise ValueError(f"an (id, attempt) is stored already; write the next attempt ({error})") from error
+                self._append(batch)
+                index.insert(self._db, extents=[(self._segment.name, self._segment.end)])
         self._seen[[token for token, _ in batch.pieces]] = True
         self._credit.clear()
         self._unsynced.clear()
+
+    def _append(self, batch: _Batch) -> None:
+        """Return once the disk holds the batch, and the pictures that came before it."""
+        for path in self._unsynced:
+            sync_path(path)
+        if self._unsynced:
+            sync_path(self._media)
+        if self._token_segment is not None:
+            self._token_segment.append(b"".join(batch.token_frames))
+            self._token_segment.sync()
+        for block in batch.frames:
+            self._segment.append(block)
+        self._segment.sync()
 
 
 class _Batch:

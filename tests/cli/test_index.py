@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,3 +50,18 @@ def test_a_folder_that_is_no_run_is_bad_input(tmp_path: Path, capsys: pytest.Cap
     assert cli.run(["index", str(tmp_path), "--rebuild"]) == 2
     assert "name the folder of a run" in capsys.readouterr().err
     assert cli.run(["index", str(tmp_path / "no")]) == 2
+    for words in (("--collect",), ("--rebuild", "--collect")):
+        assert cli.run(["index", str(tmp_path), *words]) == 2
+    assert not list(tmp_path.iterdir()), "what is no run is left as it was"
+
+
+def test_a_collector_works_until_it_is_told_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "seg").mkdir()
+    command = [sys.executable, "-m", "agentrl", "index", str(tmp_path), "--collect"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None and child.stdout.readline().startswith("collecting")
+    assert cli.run(["index", str(tmp_path), "--collect"]) == 2
+    assert f"has a collector already, process {child.pid}" in capsys.readouterr().err
+    os.kill(child.pid, signal.SIGINT)
+    out, _ = child.communicate(timeout=30)
+    assert child.returncode == 0 and "lists 0 trajectories" in out

@@ -1,8 +1,10 @@
 """A process that writes to a store until somebody kills it, telling on stdout what was acknowledged.
 
-    python writing_child.py FOLDER FIRST [--slow | --limit BYTES]
+    python writing_child.py FOLDER FIRST [--writer NAME] [--slow | --limit BYTES]
+    python writing_child.py FOLDER --collect
 
 `--slow` hands every write to the system in crumbs, so that a kill tears frames; `--limit` is a disk of that size.
+A writer with a NAME leaves the index to a collector, which the second form is.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import os
 import resource
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import records
 
 from agentrl.errors import RunFailed
-from agentrl.store import StoreWriter
+from agentrl.store import Collector, StoreWriter
+from agentrl.trajectory import Ids
 
 whole_write = os.write
 
@@ -31,15 +35,26 @@ def tell(line: str) -> None:
     whole_write(1, (line + "\n").encode())
 
 
+def pieces(ids: Ids) -> list[str]:
+    return [f"w{token} " for token in ids.tolist()]
+
+
 def main() -> None:
-    folder, first = Path(sys.argv[1]), int(sys.argv[2])
+    folder = Path(sys.argv[1])
+    if "--collect" in sys.argv:
+        with Collector(folder) as collector:
+            tell("collecting")
+            return collector.follow(threading.Event(), every=0.01)
+    first, name = int(sys.argv[2]), "main"
+    if "--writer" in sys.argv:
+        name = sys.argv[sys.argv.index("--writer") + 1]
     if "--slow" in sys.argv:
         os.write = crumbs
     if "--limit" in sys.argv:
         size = int(sys.argv[-1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     try:
-        with StoreWriter(folder, segment_bytes=100_000) as store:
+        with StoreWriter(folder, writer=name, indexed=name == "main", pieces=pieces, segment_bytes=100_000) as store:
             for number in range(first, first + 100_000):
                 keys = [records.key(number, "t", sample) for sample in range(3)]
                 for where in keys:
