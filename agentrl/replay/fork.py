@@ -24,19 +24,22 @@ from agentrl.config import SCHEMA_VERSION, Config, EvalSection
 from agentrl.console import Message, Reporter, make_reporter
 from agentrl.content import text_of
 from agentrl.context import AppendOnly, ContextPolicy
+from agentrl.engines.options import LocalOptions
 from agentrl.env import Say
 from agentrl.errors import RunFailed, UsageError
-from agentrl.loader import as_text
+from agentrl.loader import as_text, load
 from agentrl.play import read_calls
 from agentrl.replay.acting import CannotReplay, host_of
 from agentrl.replay.difference import differing_turn, spelt
-from agentrl.replay.recorded import Recorded
+from agentrl.replay.recorded import RESOLVED, Recorded
 from agentrl.replay.retelling import PERSON, Retellable, Retelling, Silent
 from agentrl.rollout.actors import Actor
 from agentrl.rollout.endpoint import Endpoint, EndpointActor
 from agentrl.rollout.episode import Hooks, Limits, LiveEpisode
 from agentrl.store import DamagedFrame, Entry, EpisodeKey, RunFolder, StoreWriter
 from agentrl.store.reader import StoreReader
+from agentrl.store.run import LOCK
+from agentrl.store.segments import held
 from agentrl.task import Task
 from agentrl.train.judge import restored_policy
 from agentrl.train.options import HFModel, ScratchModel
@@ -168,6 +171,7 @@ async def _voice(
     if not speaking.goes_on:
         chat = make_chat(config, _tokenizer(source.folder, config))
         return _Voice(PERSON, "teacher", None, "in a person's words", None, chat, _pieces(chat))
+    _check_servers(source, config, reporter)
     run = source.folder if speaking.model is None else None
     policy = await restored_policy(config, run, at)
     chat = make_chat(config, policy.tokenizer)
@@ -176,6 +180,20 @@ async def _voice(
     actor = policy_actor(config, engine, chat, temperature=temperature)
     what = f"with {at}" if at is not None else f"with {speaking.model}"
     return _Voice(actor.name, actor.source, actor.max_context, what, actor, chat, policy.pieces)
+
+
+def _check_servers(source: Recorded, config: Config, reporter: Reporter) -> None:
+    """Servers that the configuration names get the policy's weights: not while the run trains with them."""
+    if isinstance(config.engine, LocalOptions) or not config.engine.urls:
+        return
+    theirs: Config = load([source.folder / RESOLVED], []).config
+    shared = set(config.engine.urls) & set(getattr(theirs.engine, "urls", ()))
+    if shared and held(source.folder / LOCK):
+        raise UsageError(
+            f"{', '.join(sorted(shared))} serves this run, which is still at work, and would get other weights: name "
+            "other servers with engine.urls=[URL], compute here with engine.type=local, or ask one with --endpoint"
+        )
+    reporter.note(f"{', '.join(config.engine.urls)} gets the weights of the policy that goes on")
 
 
 def _tokenizer(run: Path, config: Config) -> Any:
@@ -254,6 +272,10 @@ async def _branch(
         if not episode.over:
             episode.outcome = Outcome("truncated", "turns", "nobody was named to go on after a person's turn")
         trajectory = await episode.finish()
+        if trajectory.outcome.why in ("infra", "env"):
+            raise RunFailed(
+                f"{record.id} cannot go on from turn {turn}, {trajectory.outcome}: {trajectory.outcome.detail}"
+            )
     finally:
         await episode.close()
     turns = [*record.turns[:turn], *trajectory.turns[turn:]]

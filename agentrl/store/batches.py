@@ -59,6 +59,7 @@ def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
     out = []
     logprobs = [turn.logprobs for turn in trajectory.turns]
     for row in rows_of(trajectory):
+        turns = len(set(row.turns.tolist()))
         start = int(row.targets[0])
         at = row.targets - start
         n = len(row) - start
@@ -75,7 +76,7 @@ def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
         named = [spread(credit.arrays[name]) if name in credit.arrays else None for name in ("old", "reference")]
         out.append(
             Sample(
-                trajectory.id, credit.group_id, credit.member, credit.reward, len(set(row.turns.tolist())), row.ids[:start].astype(np.int64),
+                trajectory.id, credit.group_id, credit.member, credit.reward, turns, row.ids[:start].astype(np.int64),
                 row.ids[start:].astype(np.int64), mask, spread(logprobs), spread(credit.advantages), *named,
             )
         )  # fmt: skip

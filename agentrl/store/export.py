@@ -112,9 +112,7 @@ def export_trajectories(
 
             files, left_out = export_batches(reader, out, form, stage=asked.stage, step=asked.step)
             if left_out:
-                tell(
-                    f"{left_out} credited episodes were left out: their token arrays are damaged, or store.tokens did not keep them"
-                )
+                tell(f"{left_out} credited episodes were left out: their token arrays are damaged or were not kept")
             return files
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(out.name + ".part")

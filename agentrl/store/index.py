@@ -21,7 +21,7 @@ from agentrl.trajectory import Trajectory
 NAME = "index.sqlite"
 FORMAT = 2
 READABLE = (1, FORMAT)  # an index of format 1 has no search, and fewer indices
-# What several machines can mount, or a machine and its host: no memory is shared there. FUSE is a network but for these.
+# What several machines mount, or a machine and its host: no memory is shared there. FUSE counts, but for these.
 _NETWORK = re.compile(
     r"nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|gpfs|gfs2|ocfs2|pvfs2|wekafs|virtiofs|vboxsf|prl_fs|"
     r"fuse\.(?!fuse-overlayfs|ntfs|mergerfs|bindfs|gocryptfs|encfs).+"

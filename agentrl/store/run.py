@@ -23,7 +23,7 @@ from agentrl.errors import UsageError
 from agentrl.store.segments import disk_failed
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "peft", "gymnasium", "pydantic")
-_LOCK = "run.lock"
+LOCK = "run.lock"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class RunFolder:
             if not resume:
                 raise UsageError(f"{path} holds a run already: use --resume, choose another name=…, or remove it")
             return cls._again(path, config_yaml)
-        if path.is_dir() and any(entry.name != _LOCK for entry in path.iterdir()):
+        if path.is_dir() and any(entry.name != LOCK for entry in path.iterdir()):
             raise UsageError(f"{path} is not empty and holds no run; name an empty or a new folder")
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def read_info(path: Path) -> RunInfo:
 
 def _take(path: Path) -> int:
     """A lock on the folder that ends with this process, however it ends. Raises `UsageError` where it is taken."""
-    fd = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    fd = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

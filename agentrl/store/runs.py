@@ -10,7 +10,7 @@ from typing import Any
 
 from agentrl.errors import AgentRLError
 from agentrl.store.reader import StoreReader
-from agentrl.store.run import read_info
+from agentrl.store.run import LOCK, read_info
 from agentrl.store.segments import held
 
 _SIGNS = ("run.json", "index.sqlite", "config.resolved.yaml", "seg")
@@ -58,7 +58,7 @@ def _look(path: Path) -> Run:
             episodes, stages = reader.count(), tuple(reader.facets()["stages"])
     except AgentRLError as error:
         problems.append(str(error))
-    status = "running" if held(path / "run.lock") else str(_summary(path, problems).get("status", "unknown"))
+    status = "running" if held(path / LOCK) else str(_summary(path, problems).get("status", "unknown"))
     return Run(path, path.resolve().name, created, status, episodes, stages, tuple(problems))
 
 
