@@ -117,15 +117,16 @@ async def forked(
     if not 0 <= turn <= len(record.turns):
         raise UsageError(f"{entry.id} has {len(record.turns)} turns; --from-turn is from 0 to {len(record.turns)}")
     reporter = reporter or make_reporter()
-    config = source.config
+    loaded = source.loaded
     if speaking.model is not None:
-        config = config.model_copy(update={"model": HFModel(path=str(speaking.model))})
+        loaded = loaded.with_section("model", HFModel(path=str(speaking.model)))
+    config = loaded.config
     at = api.checkpoint_of(source.folder, speaking.checkpoint) if _needs_checkpoint(speaking) else None
     if speaking.endpoint is None and any(not kept.output for kept in record.turns[:turn]):
         raise UsageError(f"{entry.id} has no token ids (an endpoint spoke, or they were not kept); give --endpoint")
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(
-            RunFolder.create(out, as_text(config), config_version=SCHEMA_VERSION, command=sys.argv)
+            RunFolder.create(out, loaded.yaml, config_version=SCHEMA_VERSION, command=sys.argv)
         )
         if (source.folder / "tokenizer").is_dir():
             shutil.copytree(source.folder / "tokenizer", out / "tokenizer")
