@@ -12,6 +12,7 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ _NETWORK = re.compile(
     r"fuse\.(?!fuse-overlayfs|ntfs|mergerfs|bindfs|gocryptfs|encfs).+"
 )
 _CACHE = "PRAGMA cache_size = -65536"  # KiB: a long list's indices grow beyond SQLite's 2 MiB
+_NO_MEMORY = ("SQLITE_CANTOPEN", "SQLITE_READONLY_CANTINIT", "SQLITE_READONLY_RECOVERY", "SQLITE_READONLY_DIRECTORY")
 _log = logging.getLogger(__name__)
 
 # What a TRAJECTORY frame's meta holds, in this order; `tokens_*` and `read_*` are the places of its other frames.
@@ -126,28 +128,76 @@ def connect(folder: Path, *, name: str = NAME) -> sqlite3.Connection:
     return connection
 
 
-def connect_reader(folder: Path) -> sqlite3.Connection:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An index opened for reading. `alone`: it shares nothing with a writer, and so never sees what is written later.
+    `lacks` says what may be missing in it, "" where nothing is."""
+
+    connection: sqlite3.Connection
+    alone: bool = False
+    lacks: str = ""
+
+
+def connect_reader(folder: Path) -> Opened:
     """Open the index of a run for reading. Raises `UsageError` where there is none."""
     path = folder / NAME
     if not path.is_file():
         raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); name the folder of a run")
-    # Without write access there is no shared memory to make, and so no writer to wait for.
-    alone = not os.access(folder, os.W_OK) or _left_in_wal(path, file_system(folder))
-    access = "mode=ro&immutable=1" if alone else "mode=rw"
     try:
-        connection = sqlite3.connect(
-            f"{path.resolve().as_uri()}?{access}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
-        )
-        connection.execute("PRAGMA query_only = ON")
-        version = _version(connection)
+        opened = _opened(path, _left_in_wal(path, file_system(folder)))
+        version = _version(opened.connection)
     except sqlite3.DatabaseError as error:
         raise index_failed(path, error) from error
     if version == 0:
         raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
     if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
-    connection.execute(_CACHE)
+    opened.connection.execute(_CACHE)
+    return opened
+
+
+def _opened(path: Path, alone: bool) -> Opened:
+    writable = os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)
+    if not alone:
+        try:
+            return Opened(_reading(path, "mode=rw" if writable else "mode=ro"))
+        except sqlite3.OperationalError as error:
+            if writable or getattr(error, "sqlite_errorname", "") not in _NO_MEMORY:
+                raise
+    # The writer's shared memory is not there, and none can be made. The log, where there is one, is read through an
+    # index of it in this connection's own memory, which SQLite makes for who locks nothing out and nobody else.
+    left = log_of(path).exists() and log_of(path).stat().st_size > 0
+    if not left:
+        return Opened(_reading(path, "mode=ro&immutable=1"), alone=True)
+    try:
+        return Opened(_reading(path, "mode=ro&vfs=unix-none", "PRAGMA locking_mode = EXCLUSIVE"), alone=True)
+    except sqlite3.OperationalError:
+        lacks = (
+            f"{log_of(path)} cannot be read, so that the latest trajectories may be missing here; "
+            f"ask the run's owner to read it, or to run: {_remedy(path)}"
+        )
+        return Opened(_reading(path, "mode=ro&immutable=1"), alone=True, lacks=lacks)
+
+
+def _reading(path: Path, access: str, first: str = "") -> sqlite3.Connection:
+    """A connection that was read with once: what cannot be read is known only then."""
+    connection = sqlite3.connect(
+        f"{path.resolve().as_uri()}?{access}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
+    )
+    try:
+        if first:
+            connection.execute(first)
+        connection.execute("PRAGMA query_only = ON")
+        connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
+
+
+def log_of(path: Path) -> Path:
+    """The log of an index in WAL mode: what was committed and does not yet stand in the file itself."""
+    return path.with_name(path.name + "-wal")
 
 
 def _left_in_wal(path: Path, kind: str) -> bool:
@@ -159,7 +209,7 @@ def _left_in_wal(path: Path, kind: str) -> bool:
         return False
     with path.open("rb") as file:
         in_wal = file.read(20)[18:20] == b"\x02\x02"  # the file's write and read version
-    log = path.with_name(path.name + "-wal")
+    log = log_of(path)
     if in_wal and log.exists() and log.stat().st_size:
         raise UsageError(
             f"{path} was written on a local disk and not closed, and lies on {kind} now, where its log cannot be read; "
