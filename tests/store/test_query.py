@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import sqlite3
+import sys
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 
 from agentrl.errors import UsageError
 from agentrl.store import SORTS, Cursor, Entry, Filter, Sort, StoreReader, StoreWriter, query, rebuild
+from agentrl.store.frames import Kind, scan
 from agentrl.store.query import match_of, words_of
 from agentrl.trajectory import Ids, Outcome, Sampling, Span, ToolCall, ToolResult, ToolUse, Trajectory, Turn, as_ids
 
@@ -174,3 +178,36 @@ def test_an_index_of_the_format_before_is_read(tmp_path: Path) -> None:
     rebuild(tmp_path)
     with StoreReader(tmp_path) as reader:
         assert reader.query(Filter(text="price")).entries
+
+
+@pytest.mark.parametrize("words", ["kept", "never kept", "damaged", "another writer's"])
+def test_a_rebuild_takes_no_more_memory_for_more_records(
+    tmp_path: Path, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["agentrl.store.rebuild"], "_BATCH", 8)
+    peaks = []
+    for n in (20, 160):
+        rng = np.random.default_rng(7)
+        prompt = Span(as_ids([1, 2]), "user", "template")
+        folder = tmp_path / str(n)
+        writers = ("main",) if words != "another writer's" else ("z", "a")
+        for writer in writers:
+            with StoreWriter(folder, writer=writer, pieces=None if words == "never kept" else pieces) as store:
+                found = [replace(made(rng, i, prompt), id=f"{writer}/{i}") for i in range(1 if writer == "z" else n)]
+                long = [replace(t.turns[0], observation=f"number{i}q " + "x " * 30_000) for i, t in enumerate(found)]
+                for t, turn in zip(found, long, strict=True):
+                    store.add([replace(t, turns=(turn,))], step=0, stage="rl")
+        if words == "damaged":
+            segment = folder / "seg" / "main-0.bin"
+            data = bytearray(segment.read_bytes())
+            assert next(scan(segment)).kind == Kind.PIECES
+            data[30] ^= 0xFF  # of its first frame, which holds the words
+            segment.write_bytes(data)
+        tracemalloc.start()
+        assert rebuild(folder) == n + len(writers) - 1
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        with StoreReader(folder) as reader:
+            assert len(reader.query(Filter(text="number17q ")).entries) == 1
+            assert bool(reader.query(Filter(text="word2")).entries) is (words in ("kept", "another writer's"))
+    assert peaks[1] < 2 * peaks[0], peaks
