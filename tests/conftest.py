@@ -1,8 +1,9 @@
-"""Shared by all tests: how to make records without an engine."""
+"""Shared by all tests: how to make records without an engine, and the smallest policy that learns."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import hypothesis
 import pytest
@@ -84,3 +85,26 @@ def trajectory() -> MakeTrajectory:
 @pytest.fixture
 def group() -> Callable[..., Group]:
     return make_group
+
+
+@pytest.fixture(scope="session")
+def arch() -> dict[str, Any]:
+    """A Qwen3 of 40 thousand parameters beside its embedding."""
+    return {
+        "model_type": "qwen3",
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 24,
+        "intermediate_size": 96,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": 0.06,
+    }
+
+
+@pytest.fixture(scope="session")
+def muon() -> dict[str, Any]:
+    """An optimiser under which it learns in a minute; `lr` is the stage's own."""
+    return {"name": "muon", "momentum": 0.95, "betas": [0.9, 0.95], "clip": 1.0}

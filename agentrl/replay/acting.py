@@ -90,9 +90,11 @@ class Acting:
                 return None
             if self.done:
                 return Difference("length", f"{len(self.record.turns)} turns", f"over after {number}", number)
+            agreed = self.calls
             now = await self._turn(number, turn)
             different = differing_turn(number, turn, now if rewards else replace(now, reward=turn.reward))
             if different is not None:
+                self.calls = min(self.calls, agreed + (different.call or 0))
                 return different
             self.heard.append(now)
             self.turns += 1

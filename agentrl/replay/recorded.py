@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from agentrl.config import Config
+from agentrl.config import SCHEMA_VERSION, Config
 from agentrl.env import Env, tasks_of
 from agentrl.errors import InfraError, UsageError
 from agentrl.loader import Loaded, load
@@ -21,6 +21,7 @@ from agentrl.replay.acting import CannotReplay
 from agentrl.rollout.manager import Watcher
 from agentrl.rollout.places import Places
 from agentrl.store import DamagedFrame, Entry, StoreReader, TokensNotKept
+from agentrl.store.run import read_info
 from agentrl.task import Task
 from agentrl.trajectory import Trajectory
 
@@ -111,7 +112,10 @@ class Recorded:
     @classmethod
     def open(cls, folder: Path, overrides: Sequence[str] = ()) -> Recorded:
         """Raises `UsageError` for a folder without a record, or whose environment cannot be found."""
-        loaded: Loaded[Config] = load([folder / RESOLVED], overrides)
+        try:
+            loaded: Loaded[Config] = load([folder / RESOLVED], overrides)
+        except UsageError as error:
+            raise _of_its_time(folder, error) from error
         config = loaded.config
         return cls(folder, loaded, make_env(config.env.id, config.env.options), StoreReader(folder))
 
@@ -202,6 +206,20 @@ class Recorded:
         """Let go of the environment and the record."""
         self.reader.close()
         await self.env.retire()
+
+
+def _of_its_time(folder: Path, error: UsageError) -> UsageError:
+    """`error`, with what the run's configuration was written for where that is another schema."""
+    try:
+        theirs = read_info(folder).config_version
+    except UsageError:
+        return error
+    if theirs == SCHEMA_VERSION:
+        return error
+    return UsageError(
+        f"{folder / RESOLVED} has schema {theirs}, this version reads {SCHEMA_VERSION} ({error}); replay it with the "
+        "version that run.json names, or take out what is not known here"
+    )
 
 
 def _split(split: str) -> str:

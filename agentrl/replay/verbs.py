@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar, Unpack
 
 from agentrl.errors import UsageError
 from agentrl.tuning import tune
@@ -21,29 +21,35 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class Choice(TypedDict, total=False):
+    """Which of a run's episodes; None, or left out, asks nothing (`agentrl.replay.recorded.Selection`)."""
+
+    stage: str | None
+    step: int | None
+    split: str | None
+    sample: int | None
+    attempt: int | None
+    n: int | None
+
+
 def replay(
     source: str | Path,
     trajectory: str | None = None,
     *,
     overrides: Sequence[str] = (),
     tools: Literal["live", "recorded"] = "live",
-    stage: str | None = None,
-    step: int | None = None,
-    split: str | None = None,
-    sample: int | None = None,
-    attempt: int | None = None,
-    n: int | None = None,
     reporter: Reporter | None = None,
+    **which: Unpack[Choice],
 ) -> Report:
     """Act recorded episodes out again and compare them with the record, turn by turn.
 
-    `source` is a run folder, or RUN/TRAJECTORY; `trajectory` the id of one, or of a group. The other words choose
-    among the run's episodes (`agentrl.replay.recorded.Selection`). With `tools="recorded"` nothing is acted out:
+    `source` is a run folder, or RUN/TRAJECTORY; `trajectory` the id of one, or of a group; `which` chooses
+    among the run's episodes (`Choice`). With `tools="recorded"` nothing is acted out:
     only the score of the record is asked for again. Raises `UsageError` where there is nothing to replay.
     """
     from agentrl.replay.check import Check
 
-    chosen = _selection(trajectory, stage, step, split, sample, attempt, n)
+    chosen = _selection(trajectory, **which)
     return _on(source, overrides, chosen, lambda recorded: Check(recorded, tools, reporter).run(), reporter)
 
 
@@ -54,13 +60,8 @@ def rescore(
     overrides: Sequence[str] = (),
     tools: Tools = "auto",
     keep: bool = True,
-    stage: str | None = None,
-    step: int | None = None,
-    split: str | None = None,
-    sample: int | None = None,
-    attempt: int | None = None,
-    n: int | None = None,
     reporter: Reporter | None = None,
+    **which: Unpack[Choice],
 ) -> Rescoring:
     """Score recorded episodes with the environment's present `score`; choose them as in `replay`.
 
@@ -70,7 +71,7 @@ def rescore(
     from agentrl.replay.rescore import Rescore
     from agentrl.replay.rescore import keep as kept
 
-    chosen = _selection(trajectory, stage, step, split, sample, attempt, n)
+    chosen = _selection(trajectory, **which)
 
     async def work(recorded: Recorded) -> Rescoring:
         found = await Rescore(recorded, tools, reporter).run()
@@ -109,20 +110,13 @@ def fork(
     return _on(source, overrides, chosen, lambda recorded: forked(recorded, turn, speaking, Path(out), reporter))
 
 
-def _selection(
-    id: str | None,
-    stage: str | None = None,
-    step: int | None = None,
-    split: str | None = None,
-    sample: int | None = None,
-    attempt: int | None = None,
-    n: int | None = None,
-) -> Selection:
+def _selection(id: str | None, **which: Unpack[Choice]) -> Selection:
     from agentrl.replay.recorded import Selection
 
+    n = which.get("n")
     if n is not None and n < 1:
         raise UsageError(f"n must be at least 1, not {n}")
-    return Selection(id, stage, step, split, sample, attempt, n)
+    return Selection(id, **which)
 
 
 def _on(

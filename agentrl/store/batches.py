@@ -156,11 +156,13 @@ def export_batches(
     count = left_out = 0
     for name, number in steps:
         samples: list[Sample] = []
-        for credit in reader.credits(stage=name, step=number):
+        damaged: list[str] = []
+        for credit in reader.credits(stage=name, step=number, damaged=damaged):
             try:
                 samples += samples_of(reader.get(credit.id, credit.attempt), credit)
             except (TokensNotKept, DamagedFrame):
                 left_out += 1
+        left_out += len(damaged)
         if samples:
             folder.mkdir(parents=True, exist_ok=True)
             tensors, texts = batch_of(samples, kind)
@@ -171,7 +173,7 @@ def export_batches(
             count += 1
     if not count:
         raise UsageError(
-            f"the token arrays of all {left_out} credited episodes are damaged, or store.tokens did not keep them; "
+            f"the token arrays of all {left_out} credited episodes are damaged or were not kept; "
             "export them as jsonl, parquet or html"
             if left_out
             else "the steps that were asked for trained on no token"

@@ -142,7 +142,8 @@ def export_trajectories(
             tell(f"{len(damaged)} trajectories were left out, {damaged[0]}")
         if not count[0]:
             part.unlink()
-            raise UsageError(f"no trajectory of {run_dir} {'can be read' if damaged else 'is one that was asked for'}")
+            what = f"can be read: {damaged[0]}" if damaged else "is one that was asked for"
+            raise UsageError(f"no trajectory of {run_dir} {what}")
         part.replace(out)
     return count[0]
 
@@ -223,7 +224,7 @@ def _line(reader: StoreReader, entry: Entry) -> dict[str, Any]:
     record = as_json(reader.get(entry.id, entry.attempt, tokens=False))
     credit = [
         {"step": c.step, "reward": c.reward, "parts": c.parts, "turn_rewards": c.turn_rewards}
-        for c in reader.credits(id=entry.id, attempt=entry.attempt)
+        for c in reader.credits(id=entry.id, attempt=entry.attempt, damaged=[])
     ]
     place = {"stage": entry.stage, "step": entry.step, "split": entry.split}
     return {**place, **record, "prompt": _prompt(reader, entry), "credit": credit}

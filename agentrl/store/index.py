@@ -142,14 +142,14 @@ def connect_reader(folder: Path) -> Opened:
     """Open the index of a run for reading. Raises `UsageError` where there is none."""
     path = folder / NAME
     if not path.is_file():
-        raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); name the folder of a run")
+        raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); {_or_rebuild(path)}")
     try:
         opened = _opened(path, _left_in_wal(path, file_system(folder)))
         version = _version(opened.connection)
     except sqlite3.DatabaseError as error:
         raise index_failed(path, error) from error
     if version == 0:
-        raise UsageError(f"no trajectories are stored in {folder} yet; wait for its first step")
+        raise UsageError(f"no trajectories are in {path} yet; {_or_rebuild(path, 'wait for its first step')}")
     if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
     opened.connection.execute(_CACHE)
@@ -198,6 +198,12 @@ def _reading(path: Path, access: str, first: str = "") -> sqlite3.Connection:
 def log_of(path: Path) -> Path:
     """The log of an index in WAL mode: what was committed and does not yet stand in the file itself."""
     return path.with_name(path.name + "-wal")
+
+
+def _or_rebuild(path: Path, otherwise: str = "name the folder of a run") -> str:
+    """What to do about an index that lists nothing."""
+    there = any(segment.stat().st_size for segment in (path.parent / "seg").glob("*.bin"))
+    return f"its segments are there; run: {_remedy(path)}" if there else otherwise
 
 
 def _left_in_wal(path: Path, kind: str) -> bool:

@@ -153,6 +153,16 @@ class StoreReader:
         last = Cursor(getattr(entries[-1], by), entries[-1].rowid) if entries else after
         return Page(entries, last if len(rows) > limit else None, last)
 
+    def entries(self, asked: Filter = _ALL) -> Iterator[Entry]:
+        """All that passes `asked`, oldest first, read a page at a time."""
+        after = None
+        while True:
+            page = self.query(asked, after=after, limit=1000)
+            yield from page.entries
+            after = page.next
+            if after is None:
+                return
+
     def entry(self, id: str, attempt: int | None = None) -> Entry:
         """One line of the list. Raises `KeyError` where there is none."""
         clause, values = _which(id, attempt)
@@ -195,7 +205,7 @@ class StoreReader:
         members = [credit for credit in credits if credit.step == at]
         known = {(credit.id, credit.attempt) for credit in members}
         entries: list[tuple[Entry, Credit | None]] = [(self.entry(each.id, each.attempt), each) for each in members]
-        others = (entry for entry in self._whole(Filter(group=id)) if (entry.id, entry.attempt) not in known)
+        others = (entry for entry in self.entries(Filter(group=id)) if (entry.id, entry.attempt) not in known)
         entries += [(entry, None) for entry in others]
         if not entries:
             raise KeyError(f"no group {id!r} is stored")
@@ -223,8 +233,12 @@ class StoreReader:
         step: int | None = None,
         stage: str | None = None,
         attempt: int | None = None,
+        damaged: list[str] | None = None,
     ) -> list[Credit]:
-        """The credit of every membership asked for, by (stage, step, group, member)."""
+        """The credit of every membership asked for, by (stage, step, group, member).
+
+        What cannot be read raises `DamagedFrame`; where a list `damaged` is given, it takes the sentence instead.
+        """
         given = {"id": id, "group_id": group, "step": step, "stage": stage, "attempt": attempt}
         asked = {column: value for column, value in given.items() if value is not None}
         where = " AND ".join([f"{column} = ?" for column in asked] or ["1"])
@@ -232,8 +246,17 @@ class StoreReader:
             f"SELECT segment, offset, length FROM credit WHERE {where} ORDER BY stage, step, group_id, member",
             *asked.values(),
         )
-        frames = [self._frame(*row) for row in rows]
-        return [credit_in(frame.meta, frame.body) for frame in frames]
+        found = []
+        for row in rows:
+            try:
+                frame = self._frame(*row)
+            except DamagedFrame as error:
+                if damaged is None:
+                    raise
+                damaged.append(str(error))
+            else:
+                found.append(credit_in(frame.meta, frame.body))
+        return found
 
     def credited(self) -> list[tuple[str, int]]:
         """Every (stage, step) that gave credit, in order."""
@@ -282,9 +305,9 @@ class StoreReader:
         ((version,),) = self._rows("PRAGMA user_version")
         return int(version)
 
-    def count(self) -> int:
-        """How many trajectories are stored, without attempts that were superseded."""
-        ((n,),) = self._rows("SELECT COUNT(*) FROM trajectories WHERE latest")
+    def count(self, *, all_attempts: bool = False) -> int:
+        """How many trajectories are stored, without attempts that were superseded unless asked."""
+        ((n,),) = self._rows(f"SELECT COUNT(*) FROM trajectories{'' if all_attempts else ' WHERE latest'}")
         return int(n)
 
     def facets(self) -> dict[str, Any]:
@@ -319,6 +342,10 @@ class StoreReader:
                 return found
             found.append(rows[0][0])
 
+    def extents(self) -> dict[str, int]:
+        """Up to which byte the index knows each segment."""
+        return dict(self._rows("SELECT name, indexed FROM segments"))
+
     def ids(self) -> list[tuple[str, int]]:
         """Every (id, latest attempt), sorted."""
         return [
@@ -340,16 +367,6 @@ class StoreReader:
         """A stored picture. Raises `KeyError` where there is none, `DamagedFrame` where its bytes are other ones."""
         path, data = self._picture(sha256)
         return Image(data, _MIMES[path.suffix])
-
-    def missing_media(self) -> list[str]:
-        """The pictures that stored trajectories name and that are not there, or are other ones, by hash."""
-        bad = set()
-        for sha in sorted({sha for entry in self._whole(Filter(all_attempts=True)) for sha in self._pictures(entry)}):
-            try:
-                self.picture(sha)
-            except (KeyError, DamagedFrame):
-                bad.add(sha)
-        return sorted(bad)
 
     def image(self, sha256: str) -> Path:
         """The file of a stored picture. Raises `KeyError` where there is none that has this hash."""
@@ -431,28 +448,12 @@ class StoreReader:
             raise DamagedFrame(f"{self._folder / segment} is damaged at byte {offset}; restore it from a copy")
         return frame
 
-    def _whole(self, asked: Filter) -> Iterator[Entry]:
-        """All pages of a list."""
-        after = None
-        while True:
-            page = self.query(asked, after=after, limit=1000)
-            yield from page.entries
-            after = page.next
-            if after is None:
-                return
-
     def _any(self, entry: Entry, tokens: bool) -> Trajectory:
         """A trajectory with what is there of its tokens."""
         try:
             return self.get(entry.id, entry.attempt, tokens=tokens)
         except TokensNotKept:
             return self.get(entry.id, entry.attempt, tokens=False)
-
-    def _pictures(self, entry: Entry) -> set[str]:
-        """The hashes that a trajectory's tool results and prompt name."""
-        trajectory = self._any(entry, True)
-        shown = {image for turn in trajectory.turns for use in turn.tools for image in use.result.images}
-        return shown | {image for span in trajectory.spans() for image in span.images}
 
     def _spans(
         self, segment: str, offset: int, length: int, known: dict[tuple[str, int], Sequence[Span | None]]

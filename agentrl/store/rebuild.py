@@ -199,6 +199,8 @@ def rebuild(run_dir: Path) -> int:
     segments = sorted((run_dir / "seg").glob("*.bin"), key=lambda path: (path.name.rpartition("-")[0], number_of(path)))
     if not segments:
         raise UsageError(f"{run_dir} holds no segments (seg/*.bin) to make an index from; name the folder of a run")
+    if (run_dir / index.NAME).is_dir():
+        raise UsageError(f"{run_dir / index.NAME} is a folder; remove it, the index is made in its place")
     locks = [take_over(run_dir)]
     try:
         locks += [open_locked(path) for path in segments]

@@ -59,6 +59,8 @@ def _look(path: Path) -> Run:
             problems += reader.problems
     except AgentRLError as error:
         problems.append(str(error))
+    if not (path / "config.resolved.yaml").is_file():
+        problems.append(f"{path / 'config.resolved.yaml'} is missing: the run can be read, not replayed")
     status = "running" if held(path / LOCK) else str(_summary(path, problems).get("status", "unknown"))
     return Run(path, path.resolve().name, created, status, episodes, stages, tuple(problems))
 

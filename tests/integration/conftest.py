@@ -9,25 +9,12 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-MUON = {"name": "muon", "momentum": 0.95, "betas": [0.9, 0.95], "clip": 1.0}
-ARCH = {
-    "model_type": "qwen3",
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 24,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.06,
-}
 
 MakeConfig = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> MakeConfig:
+def small(tmp_path: Path, arch: dict[str, Any], muon: dict[str, Any]) -> MakeConfig:
     """A run of seconds; keyword arguments replace top-level keys, `rl` and `sft` update their stages."""
 
     def make(rl: dict[str, Any] | None = None, sft: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
@@ -37,7 +24,7 @@ def small(tmp_path: Path) -> MakeConfig:
                 "demonstrations": 300,
                 "steps": 60,
                 "batch": 32,
-                "optimizer": {**MUON, "lr": 8e-3},
+                "optimizer": {**muon, "lr": 8e-3},
                 **(sft or {}),
             },
             {
@@ -48,7 +35,7 @@ def small(tmp_path: Path) -> MakeConfig:
                 "minibatches": 2,
                 "editors": [],
                 **(rl or {}),
-                "optimizer": {**MUON, "lr": 1e-3, **(rl or {}).get("optimizer", {})},
+                "optimizer": {**muon, "lr": 1e-3, **(rl or {}).get("optimizer", {})},
             },
         ]
         return {
@@ -56,7 +43,7 @@ def small(tmp_path: Path) -> MakeConfig:
             "out": str(tmp_path / "runs"),
             "threads": 1,
             "env": "calculator",
-            "model": {"type": "scratch", "arch": ARCH, "tokenizer": {"texts": 100}},
+            "model": {"type": "scratch", "arch": arch, "tokenizer": {"texts": 100}},
             "engine": {"rows": 32, "max_context": 320},
             "rollout": {"max_tokens": 24, "episodes": 32, "deadlines": {"tool": 5, "turn": 60, "episode": 300}},
             "stages": stages,

@@ -30,10 +30,6 @@ from agentrl.train.supply import Supply
 from agentrl.train.trainer import Trainer
 from agentrl.trajectory import Group
 
-MUON = {"name": "muon", "momentum": 0.95, "betas": [0.9, 0.95], "clip": 1.0}
-ARCH = {"model_type": "qwen3", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-ARCH |= {"num_key_value_heads": 1, "head_dim": 24, "intermediate_size": 96, "max_position_embeddings": 512}
-ARCH |= {"tie_word_embeddings": True, "initializer_range": 0.06}
 ENV = f"{Path(__file__).with_name('sluggish.py')}:Sluggish"
 
 
@@ -51,21 +47,21 @@ def base(out: Path, **keys: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def warm(tmp_path_factory: pytest.TempPathFactory, arch: dict[str, Any], muon: dict[str, Any]) -> Path:
     """A policy that calls its tool, made once."""
     folder = tmp_path_factory.mktemp("warm")
-    optimizer = {**MUON, "lr": 8e-3}
+    optimizer = {**muon, "lr": 8e-3}
     stage = {"type": "sft", "demonstrations": 1500, "steps": 120, "batch": 32, "optimizer": optimizer}
-    model = {"type": "scratch", "arch": ARCH, "tokenizer": {"texts": 100}}
+    model = {"type": "scratch", "arch": arch, "tokenizer": {"texts": 100}}
     agentrl.train(base(folder, model=model, stages=[stage]))
     return agentrl.export(folder / "small", folder / "model", checkpoint="last")
 
 
 @pytest.fixture
-def config(warm: Path, tmp_path: Path) -> Any:
+def config(warm: Path, tmp_path: Path, muon: dict[str, Any]) -> Any:
     def make(rl: dict[str, Any] | None = None, **keys: Any) -> dict[str, Any]:
         stage = {"type": "rl", "steps": 8, "prompts": 4, "samples": 3, "editors": []}
-        stage |= {"optimizer": {**MUON, "lr": 1e-3}} | (rl or {})
+        stage |= {"optimizer": {**muon, "lr": 1e-3}} | (rl or {})
         return base(tmp_path / "runs", model=str(warm), stages=[stage], **keys)
 
     return make
@@ -164,13 +160,13 @@ def test_evaluation_sees_one_version_while_rollouts_go_on(
                 assert versions == {step}
 
 
-def test_max_age_and_corrections_are_reported(config: Any, tmp_path: Path) -> None:
+def test_max_age_and_corrections_are_reported(config: Any, tmp_path: Path, muon: dict[str, Any]) -> None:
     rl = {
         "max_staleness": 2,
         "annotators": ["old_logprobs"],
         "behaviour": {"type": "old", "correction": "mis", "level": "sequence", "low": 0.9, "cap": 1.1},
         "transforms": [{"type": "max_age", "updates": 1}],
-        "optimizer": {**MUON, "lr": 2e-2},
+        "optimizer": {**muon, "lr": 2e-2},
     }
     agentrl.train(config(rl=rl))
     metrics = lines(tmp_path / "runs" / "small")

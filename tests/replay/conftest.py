@@ -22,19 +22,6 @@ from agentrl.train.stages import RLStage
 from agentrl.train.tokenizer import bootstrap_tokenizer
 
 WAYWARD = Path(__file__).parent / "wayward.py"
-MUON = {"name": "muon", "momentum": 0.95, "betas": [0.9, 0.95], "clip": 1.0}
-ARCH = {
-    "model_type": "qwen3",
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 24,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.06,
-}
 DEADLINES = {"tool": 5, "turn": 60, "episode": 300}
 
 Record = Callable[..., Path]
@@ -42,8 +29,9 @@ Said = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Record:
-    """`record(env, n, pieces=…, **keys)`: a run folder that holds `n` demonstrations, played like those of a supervised stage."""
+def record(tmp_path: Path, arch: dict[str, Any]) -> Record:
+    """`record(env, n, pieces=…, **keys)`: a run folder that holds `n` demonstrations, played like those of a supervised
+    stage, with the words of its tokens or without."""
 
     def make(env: str | dict[str, Any], n: int = 4, name: str = "run", pieces: bool = False, **keys: Any) -> Path:
         config = parse(
@@ -51,7 +39,7 @@ def record(tmp_path: Path) -> Record:
                 "name": name,
                 "out": str(tmp_path),
                 "env": env,
-                "model": {"type": "scratch", "arch": ARCH, "tokenizer": {"texts": 20}},
+                "model": {"type": "scratch", "arch": arch, "tokenizer": {"texts": 20}},
                 "rollout": {"episodes": 8, "deadlines": DEADLINES},
                 "stages": [{"type": "sft", "steps": 1, "optimizer": {"lr": 1e-3}}],
             }
@@ -78,10 +66,10 @@ async def _play(config: Config, folder: Path, n: int, pieces: bool) -> None:
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, arch: dict[str, Any], muon: dict[str, Any]) -> Path:
     """A run of all stages, whose reinforcement learning branches its episodes."""
     out = tmp_path_factory.mktemp("runs")
-    sft = {"type": "sft", "demonstrations": 300, "steps": 60, "batch": 32, "optimizer": {**MUON, "lr": 8e-3}}
+    sft = {"type": "sft", "demonstrations": 300, "steps": 60, "batch": 32, "optimizer": {**muon, "lr": 8e-3}}
     strategy = {"type": "arpo_agentic", "initial": 3, "probability": 1.0}
     rl = {"type": "rl", "steps": 2, "prompts": 4, "samples": 6, "editors": [], "strategy": strategy}
     agentrl.train(
@@ -90,10 +78,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "out": str(out),
             "threads": 1,
             "env": "calculator",
-            "model": {"type": "scratch", "arch": ARCH, "tokenizer": {"texts": 100}},
+            "model": {"type": "scratch", "arch": arch, "tokenizer": {"texts": 100}},
             "engine": {"rows": 32, "max_context": 320},
             "rollout": {"max_tokens": 24, "episodes": 32, "deadlines": DEADLINES},
-            "stages": [sft, {**rl, "optimizer": {**MUON, "lr": 1e-3}}],
+            "stages": [sft, {**rl, "optimizer": {**muon, "lr": 1e-3}}],
             "eval": {"tasks": 8},
             "checkpoint": {"every": 1, "keep": 5},
         }

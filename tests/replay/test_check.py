@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -238,8 +239,11 @@ def _rewritten(module: ModuleType, monkeypatch: pytest.MonkeyPatch, what: str) -
     """The environment with another prompt, or another first observation; calls and scores stay as they were."""
     if what == "prompt":
         posed = module.Wayward.tasks
-        made = lambda self, split, seed: (replace(t, prompt="Another " + t.prompt) for t in posed(self, split, seed))  # noqa: E731
-        monkeypatch.setattr(module.Wayward, "tasks", made)
+
+        def tasks(self: Any, split: str, seed: int) -> Any:
+            return (replace(task, prompt=f"Another {task.prompt}") for task in posed(self, split, seed))
+
+        monkeypatch.setattr(module.Wayward, "tasks", tasks)
         return
 
     def reset(self: Any, task: Any, rng: Any) -> Obs:
@@ -274,3 +278,68 @@ def test_a_prompt_that_was_not_compared_is_said(record: Any, said: Any, monkeypa
     code, text = said("replay", run)
     assert code == 0 and "3 × the prompt was not compared" in text
     assert agentrl.replay(run).counts["partly"] == 3
+
+
+PRICES = '''
+from agentrl import Env, Say, Task, ToolCall, tool
+
+
+class Prices(Env):
+    """Look a price up."""
+
+    isolation = "{isolation}"
+
+    def tasks(self, split, seed):
+        for n in range(20):
+            yield Task(f"{{split}}{{n}}", f"What does order {{n}} cost?", answer=7 * n, data={{"order": n}})
+
+    def reset(self, task, rng):
+        self.seen = int(rng.integers(1000))
+
+    @tool
+    def lookup(self, order: int) -> str:
+        """Look up what an order costs.
+
+        Args:
+            order: its number.
+        """
+        self.seen += 1
+        return str(7 * order{surcharge}) + f" ({{self.seen}})"
+
+    def score(self, episode):
+        return float(str(episode.task.answer) in episode.final_text)
+
+    def demonstrate(self, task, rng):
+        price = yield Say(calls=(ToolCall("lookup", {{"order": task.data["order"]}}),))
+        yield Say(price.content)
+'''
+
+
+def told(*words: object) -> tuple[int, str]:
+    """The command in a process of its own, which reads the environment's file as it is now."""
+    command = [sys.executable, "-m", "agentrl", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return done.returncode, " ".join((done.stdout + done.stderr).split())
+
+
+def test_an_environment_that_was_changed_since_is_caught_at_the_call(record: Any, tmp_path: Path) -> None:
+    path = tmp_path / "prices.py"
+    path.write_text(PRICES.format(isolation="thread", surcharge=""))
+    run = record(f"{path}:Prices", 6)
+    assert told("replay", run, "--check")[0] == 0
+    path.write_text(PRICES.format(isolation="thread", surcharge=" + (order > 3)"))
+    code, text = told("replay", run, "--check")
+    assert code == 1 and "sft 6 8 4 4 0 2" in text, text
+    assert "first divergence: sft-0-demo/train4/0, turn 0, call 0 (lookup): result" in text
+    assert "recorded 28 (" in text and "now 29 (" in text
+
+
+def test_environments_in_processes_of_their_own_are_replayed(record: Any, tmp_path: Path) -> None:
+    path = tmp_path / "prices.py"
+    path.write_text(PRICES.format(isolation="process", surcharge=""))
+    run = record(f"{path}:Prices", 3)
+    code, text = told("replay", run, "--check")
+    assert code == 0 and "sft 3 6 3 3 0" in text, text
+    path.write_text(PRICES.format(isolation="process", surcharge=" + 1"))
+    code, text = told("replay", run, "--check")
+    assert code == 1 and "turn 0, call 0 (lookup): result" in text

@@ -290,3 +290,12 @@ def test_twins_translate_any_cut_of_the_same_ids() -> None:
         assert ids_of(found).tolist() == ids.tolist()
         known = {id(piece.span) for piece in recorded}
         assert all(id(piece.span) in known for piece in found if len(piece))
+
+
+def test_an_endpoint_that_is_away_is_said_and_nothing_is_left(
+    trained: Path, parent: Trajectory, tmp_path: Path, said: Any
+) -> None:
+    there = ("--endpoint", "http://127.0.0.1:9/v1", "--endpoint-model", "nobody")
+    code, text = said("replay", f"{trained}/{parent.id}", "--from-turn", 1, "--out", tmp_path / "out", *there)
+    assert code == 1 and f"{parent.id} cannot go on from turn 1, failed(infra): the endpoint http://127.0.0.1:9" in text
+    assert not (tmp_path / "out").exists()

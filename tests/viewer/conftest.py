@@ -12,19 +12,6 @@ from starlette.testclient import TestClient
 import agentrl
 from agentrl.viewer.app import make_app
 
-MUON = {"name": "muon", "momentum": 0.95, "betas": [0.9, 0.95], "clip": 1.0, "lr": 1e-3}
-ARCH = {
-    "model_type": "qwen3",
-    "hidden_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 24,
-    "intermediate_size": 96,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": True,
-    "initializer_range": 0.06,
-}
 ENVS = {
     "otc": {"id": "calculator", "options": {"kind": "mixed", "lazy": None}},
     "flow": "agentrl.envs.workflow:Arithmetic",
@@ -49,28 +36,28 @@ RECIPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def config_of(name: str, out: Path) -> dict[str, Any]:
-    rl = {"type": "rl", "steps": 2, "prompts": 3, "samples": 6, "optimizer": MUON, "editors": [], **RECIPES[name]}
-    sft = {"type": "sft", "demonstrations": 400, "steps": 120, "batch": 32, "optimizer": {**MUON, "lr": 8e-3}}
+def config_of(name: str, out: Path, arch: dict[str, Any], muon: dict[str, Any]) -> dict[str, Any]:
+    rl = {"type": "rl", "steps": 2, "prompts": 3, "samples": 6, "editors": [], **RECIPES[name]}
+    sft = {"type": "sft", "demonstrations": 400, "steps": 120, "batch": 32, "optimizer": {**muon, "lr": 8e-3}}
     return {
         "name": name,
         "out": str(out),
         "threads": 1,
         "env": ENVS.get(name, "calculator"),
-        "model": {"type": "scratch", "arch": ARCH, "tokenizer": {"texts": 100}},
+        "model": {"type": "scratch", "arch": arch, "tokenizer": {"texts": 100}},
         "engine": {"rows": 32, "max_context": 320},
         "rollout": {"max_tokens": 24, "episodes": 32, "deadlines": {"tool": 5, "turn": 60, "episode": 300}},
-        "stages": [sft, rl],
+        "stages": [sft, rl | {"optimizer": {**muon, "lr": 1e-3}}],
         "eval": {"tasks": 8, "every": 2},
     }
 
 
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory, arch: dict[str, Any], muon: dict[str, Any]) -> Path:
     """A folder of four real runs, one a recipe."""
     out = tmp_path_factory.mktemp("viewed") / "runs"
     for name in RECIPES:
-        agentrl.train(config_of(name, out))
+        agentrl.train(config_of(name, out, arch, muon))
     return out
 
 
