@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from agentrl.errors import RunFailed, UsageError
+from agentrl.store import kinds
 from agentrl.trajectory import Trajectory
 
 NAME = "index.sqlite"
-FORMAT = 2
-READABLE = (1, FORMAT)  # an index of format 1 has no search, and fewer indices
+FORMAT = 3
+READABLE = (1, 2, FORMAT)  # one before 3 has no kinds, and its lists take longer; one before 2 has no search, either
 # What several machines mount, or a machine and its host: no memory is shared there. FUSE counts, but for these.
 _NETWORK = re.compile(
     r"nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|gpfs|gfs2|ocfs2|pvfs2|wekafs|virtiofs|vboxsf|prl_fs|"
@@ -40,28 +41,30 @@ FACTS = (
 CREDIT_FACTS = ("stage", "step", "group_id", "member", "id", "attempt", "source", "reward")
 PLACE = ("segment", "offset", "length")
 
+# An order of lists: its index, and the column. Within each kind, rows stand in this order; ranges of steps and rewards are
+# looked at in the index itself.
+ORDERS = {
+    "added": ("by_kind", "rowid"), "reward": ("by_reward", "reward"), "step": ("by_step", "step"),
+    "n_calls": ("by_calls", "n_calls"), "n_tokens": ("by_tokens", "n_tokens"), "n_turns": ("by_turns", "n_turns"),
+    "seconds": ("by_seconds", "seconds"), "tool_cost": ("by_cost", "tool_cost"),
+}  # fmt: skip
+
+
+def _order(name: str, column: str) -> str:
+    columns = dict.fromkeys(("kind", column, "rowid", "step", "reward"))
+    return f"CREATE INDEX {name} ON trajectories ({', '.join(columns)});"
+
+
+_ORDERS = "\n".join([_order(*order) for order in ORDERS.values()])
 _SCHEMA = f"""
 CREATE TABLE trajectories (
     rowid INTEGER PRIMARY KEY, {", ".join(FACTS)}, {", ".join(PLACE)}, latest INTEGER NOT NULL DEFAULT 1,
-    UNIQUE (id, attempt)
+    kind INTEGER NOT NULL, UNIQUE (id, attempt)
 );
-CREATE INDEX by_step ON trajectories (step);
-CREATE INDEX by_reward ON trajectories (reward);
 CREATE INDEX by_group ON trajectories (group_id);
-CREATE INDEX by_env ON trajectories (env, reward);
 CREATE INDEX by_task ON trajectories (task_id);
-CREATE INDEX by_stage ON trajectories (stage);
-CREATE INDEX steps_of_stage ON trajectories (stage, step);
-CREATE INDEX by_split ON trajectories (split);
-CREATE INDEX by_source ON trajectories (source);
-CREATE INDEX by_success ON trajectories (success);
-CREATE INDEX by_outcome ON trajectories (outcome, why);
-CREATE INDEX by_errors ON trajectories (n_errors) WHERE n_errors > 0;
-CREATE INDEX by_calls ON trajectories (n_calls);
-CREATE INDEX by_tokens ON trajectories (n_tokens);
-CREATE INDEX by_turns ON trajectories (n_turns);
-CREATE INDEX by_seconds ON trajectories (seconds);
-CREATE INDEX by_cost ON trajectories (tool_cost);
+{_ORDERS}
+{kinds.SCHEMA}
 CREATE VIRTUAL TABLE search USING fts5 (text, content = '', detail = none, columnsize = 0);
 CREATE TABLE credit (
     rowid INTEGER PRIMARY KEY, {", ".join(CREDIT_FACTS)}, {", ".join(PLACE)},
@@ -78,12 +81,11 @@ def _slots(columns: Sequence[str]) -> str:
     return f"({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
-INSERT_TRAJECTORY = f"INSERT INTO trajectories {_slots(('rowid', *FACTS, *PLACE))}"
+INSERT_TRAJECTORY = f"INSERT INTO trajectories {_slots(('rowid', *FACTS, *PLACE, 'kind'))}"
 INSERT_TEXT = "INSERT INTO search (rowid, text) VALUES (?, ?)"
 INSERT_CREDIT = f"INSERT OR REPLACE INTO credit {_slots((*CREDIT_FACTS, *PLACE))}"
 INSERT_PIECE = "INSERT OR IGNORE INTO pieces VALUES (?, ?)"
 INSERT_EXTENT = "INSERT OR REPLACE INTO segments VALUES (?, ?)"
-SUPERSEDE = "UPDATE trajectories SET latest = 0 WHERE id = ? AND attempt < ?"
 
 
 def file_system(path: Path, mounts: str = "/proc/mounts") -> str:
@@ -282,8 +284,9 @@ def insert(
     ((last,),) = connection.execute("SELECT ifnull(MAX(rowid), 0) FROM trajectories").fetchall()
     first = int(last) + 1
     if rows:
-        connection.executemany(INSERT_TRAJECTORY, [(first + i, *row) for i, row in enumerate(rows)])
-        connection.executemany(SUPERSEDE, [row[:2] for row in rows if row[1] > 0])
+        of = kinds.kinds_of(connection, rows, FACTS)
+        connection.executemany(INSERT_TRAJECTORY, [(first + i, *row, of[i]) for i, row in enumerate(rows)])
+        kinds.supersede(connection, dict.fromkeys([row[0] for row in rows if row[1] > 0]))
         connection.executemany(INSERT_TEXT, [(first + i, text) for i, text in enumerate(texts)])
     connection.executemany(INSERT_CREDIT, credit)
     connection.executemany(INSERT_PIECE, pieces)

@@ -9,6 +9,7 @@ import sqlite3
 import stat
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +22,9 @@ from agentrl.store.credit import Credit, credit_in
 from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
 from agentrl.store.journal import read_journals
 from agentrl.store.key import EpisodeKey
+from agentrl.store.kinds import Fetch
 from agentrl.store.pool import Pool
-from agentrl.store.query import Filter, Sort, select
+from agentrl.store.query import Filter, Sort, plain, select
 from agentrl.store.tokens import Tokens, tokens_of
 from agentrl.trajectory import Span, Trajectory, Turn
 
@@ -104,7 +106,7 @@ class StoreReader:
         self._run_dir, self._folder = run_dir, run_dir / "seg"
         self._lock = threading.Lock()
         self._files: dict[str, _File] = {}
-        self._known_indices: frozenset[str] | None = None
+        self._format: int | None = None
         self._closed = False
         self._pool = Pool(run_dir, self._forget)
 
@@ -147,7 +149,9 @@ class StoreReader:
         """A page of the list of what passes `asked`; missing rewards sort last."""
         if asked.text and self.format < 2:
             raise UsageError(f"this store has no search yet; run: agentrl index {self._run_dir} --rebuild")
-        rows = select(_COLUMNS, asked, sort, descending, after, limit + 1, self._rows, self._indices())
+        way = select if self._has_kinds() else plain
+        with self._looking() as fetch:
+            rows = way(_COLUMNS, asked, sort, descending, after, limit + 1, fetch)
         entries = tuple(_entry(row) for row in rows[:limit])
         by = "rowid" if sort == "added" else sort
         last = Cursor(getattr(entries[-1], by), entries[-1].rowid) if entries else after
@@ -281,9 +285,12 @@ class StoreReader:
 
     def finished(self, step: int, stage: str, split: str | None = None) -> list[str]:
         """The ids of a step's stored trajectories that can be loaded whole (`store.tokens` kept them), sorted."""
+        among = ""
+        if self._has_kinds():  # step by step within each kind
+            among = "kind IN (SELECT kind FROM kinds WHERE stage = ?2 AND latest AND ifnull(split = ?3, 1)) AND "
         rows = self._rows(
             "SELECT id, tokens_segment, tokens_offset FROM trajectories "
-            "WHERE step = ?1 AND stage = ?2 AND latest AND ifnull(split = ?3, 1) ORDER BY id",
+            f"WHERE {among}step = ?1 AND stage = ?2 AND latest AND ifnull(split = ?3, 1) ORDER BY id",
             step,
             stage,
             split,
@@ -307,44 +314,44 @@ class StoreReader:
 
     def count(self, *, all_attempts: bool = False) -> int:
         """How many trajectories are stored, without attempts that were superseded unless asked."""
-        ((n,),) = self._rows(f"SELECT COUNT(*) FROM trajectories{'' if all_attempts else ' WHERE latest'}")
+        if self._has_kinds():
+            ((n,),) = self._rows(f"SELECT ifnull(SUM(n), 0) FROM kinds{'' if all_attempts else ' WHERE latest'}")
+        else:
+            ((n,),) = self._rows(f"SELECT COUNT(*) FROM trajectories{'' if all_attempts else ' WHERE latest'}")
         return int(n)
 
     def facets(self) -> dict[str, Any]:
         """What lists can be filtered by: {stages, splits, outcomes: {text: count}, steps: {stage: [min, max]},
         sources, envs}. Superseded attempts count, too.
         """
-        outcomes = self._rows("SELECT outcome, why, COUNT(*) FROM trajectories GROUP BY outcome, why")
-        stages = self._distinct("stage")
-        steps = {}
-        for stage in stages:
-            ends = [
-                self._rows(f"SELECT {end}(step) FROM trajectories WHERE stage = ?", stage)[0][0]
-                for end in ("MIN", "MAX")
-            ]
-            steps[stage] = ends
+        table = "kinds WHERE n > 0" if self._has_kinds() else "(SELECT *, 1 AS n FROM trajectories) WHERE 1"
+        outcomes = self._rows(f"SELECT outcome, why, SUM(n) FROM {table} GROUP BY outcome, why")
+
+        def values(column: str) -> list[str]:
+            return [value for (value,) in self._rows(f"SELECT DISTINCT {column} FROM {table} ORDER BY {column}")]
+
+        stages = values("stage")
         return {
             "stages": stages,
-            "splits": self._distinct("split"),
+            "splits": values("split"),
             "outcomes": {f"{kind}({why})" if why else str(kind): count for kind, why, count in outcomes},
-            "steps": steps,
-            "sources": self._distinct("source"),
-            "envs": self._distinct("env"),
+            "steps": {stage: self._steps(stage) for stage in stages},
+            "sources": values("source"),
+            "envs": values("env"),
         }
 
-    def _distinct(self, column: str) -> list[str]:
-        """The different values of an indexed column, each found by one step down the index."""
-        found: list[str] = []
-        while True:
-            clause = f"WHERE {column} > ?" if found else ""
-            rows = self._rows(f"SELECT {column} FROM trajectories {clause} ORDER BY {column} LIMIT 1", *found[-1:])
-            if not rows:
-                return found
-            found.append(rows[0][0])
-
-    def extents(self) -> dict[str, int]:
-        """Up to which byte the index knows each segment."""
-        return dict(self._rows("SELECT name, indexed FROM segments"))
+    def _steps(self, stage: str) -> list[int]:
+        """The first and the last step of a stage."""
+        if not self._has_kinds():
+            return list(self._rows("SELECT MIN(step), MAX(step) FROM trajectories WHERE stage = ?", stage)[0])
+        ends = [
+            [step for (step,) in self._rows(
+                f"SELECT (SELECT {end}(step) FROM trajectories AS t WHERE t.kind = kinds.kind) FROM kinds "
+                "WHERE stage = ? AND n > 0", stage,
+            )]
+            for end in ("MIN", "MAX")
+        ]  # fmt: skip
+        return [min(ends[0]), max(ends[1])]
 
     def ids(self) -> list[tuple[str, int]]:
         """Every (id, latest attempt), sorted."""
@@ -412,15 +419,22 @@ class StoreReader:
         """Nothing that was read stands any more."""
         with self._lock:
             self._files.clear()
-            self._known_indices = None
+            self._format = None
 
-    def _indices(self) -> frozenset[str]:
-        """The indices of this store; one of an earlier format lacks some, and its lists take longer."""
-        if self._known_indices is None:
-            self._known_indices = frozenset(
-                name for (name,) in self._rows("SELECT name FROM sqlite_master WHERE type = 'index'")
-            )
-        return self._known_indices
+    @contextmanager
+    def _looking(self) -> Iterator[Fetch]:
+        """Queries to the index as it stands at one moment."""
+        try:
+            with self._pool.borrowed() as connection:
+                connection.execute("BEGIN")
+                yield lambda query, *values: connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise index.index_failed(self._run_dir / index.NAME, error) from error
+
+    def _has_kinds(self) -> bool:
+        if self._format is None:
+            self._format = self.format
+        return self._format >= 3
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         try:

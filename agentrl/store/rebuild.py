@@ -11,16 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from agentrl.errors import UsageError
-from agentrl.store import index, text
+from agentrl.store import index, kinds, text
 from agentrl.store.frames import Frame, Kind, holds, parse, scan, unpack
 from agentrl.store.segments import number_of, open_locked, take_over
 
 _BATCH = 1000
-# Where another writer's later attempt was indexed first; an earlier one was superseded as it came.
-_LATEST = """
-UPDATE trajectories SET latest = 0
-WHERE id = ?1 AND attempt < (SELECT MAX(attempt) FROM trajectories WHERE id = ?1) AND latest
-"""
 # Of the frames of one segment; a token segment's arrays are not searched.
 _PLACES = """
 stage, step, segment, offset, length, read_offset, read_length,
@@ -90,8 +85,7 @@ class Indexer:
             if not self._db.execute("SELECT 1 FROM trajectories WHERE id = ? AND attempt = ?", row[:2]).fetchone()
         ]
         first = index.insert(self._db, trajectories=[row for row, _ in fresh], credit=self._credit, pieces=self._pieces)
-        for row, _ in fresh:
-            self._db.execute(_LATEST, row[:1])
+        kinds.supersede(self._db, [row[0] for row, _ in fresh])  # by a later attempt that was indexed first
         ready = []
         for rowid, (_, said) in enumerate(fresh, first):
             if self._worded and not said.prompt <= self._known.keys():
