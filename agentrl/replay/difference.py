@@ -9,9 +9,7 @@ from typing import Any, Literal
 
 from agentrl.trajectory import ToolCall, ToolResult, Trajectory, Turn
 
-What = Literal[
-    "prompt", "state", "result", "observation", "reward", "length", "outcome", "score", "environment"
-]
+What = Literal["prompt", "state", "result", "observation", "reward", "length", "outcome", "score", "environment"]
 _BEFORE, _AFTER = 24, 72  # characters shown before the first one that differs, and from it on
 
 

@@ -27,7 +27,7 @@ from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.engines.options import LocalOptions
 from agentrl.env import Say
 from agentrl.errors import RunFailed, UsageError
-from agentrl.loader import as_text, load
+from agentrl.loader import load
 from agentrl.play import read_calls
 from agentrl.replay.acting import CannotReplay, host_of
 from agentrl.replay.difference import differing_turn, spelt

@@ -36,9 +36,10 @@ def differing_opening(
     recorded = record.extra.get(KEY)
     if isinstance(recorded, Mapping):
         now = opening_of(task, first)
-        for what, said in (("prompt", _prompt(task)), ("observation", "" if first is None else text_of(first.content))):
+        shown = {"prompt": _prompt(task), "observation": "" if first is None else text_of(first.content)}
+        for what, text in shown.items():
             if recorded.get(what) != now[what]:
-                return _other(what, words() or f"(other words; their hash is {recorded.get(what)})", said), ""
+                return _other(what, words() or f"(other words; their hash is {recorded.get(what)})", text), ""
         return None, ""
     read = words()
     if read is None:

@@ -41,8 +41,8 @@ FACTS = (
 CREDIT_FACTS = ("stage", "step", "group_id", "member", "id", "attempt", "source", "reward")
 PLACE = ("segment", "offset", "length")
 
-# An order of lists: its index, and the column. Within each kind, rows stand in this order; ranges of steps and rewards are
-# looked at in the index itself.
+# An order of lists: its index, and the column. Within each kind, rows stand in this order; ranges of steps and rewards
+# are looked at in the index itself.
 ORDERS = {
     "added": ("by_kind", "rowid"), "reward": ("by_reward", "reward"), "step": ("by_step", "step"),
     "n_calls": ("by_calls", "n_calls"), "n_tokens": ("by_tokens", "n_tokens"), "n_turns": ("by_turns", "n_turns"),

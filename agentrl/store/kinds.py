@@ -1,8 +1,8 @@
 """Kinds: which trajectories are alike in all that has few values (stage, split, outcome, success, …), and how many.
 
-A run has some dozens of kinds. Each row of the index names its kind, and each order of a list has an index within the
-kinds. So a filter on such facts is a choice of kinds, found in a table of dozens: how many rows it has is a sum, and its
-list in any order is the kinds' lists merged. Nothing is scanned, however rare or empty the combination is.
+A run has some dozens of kinds. Each row of the index names its kind, and each order of a list has an index within
+the kinds. So a filter on such facts is a choice of kinds, found in a table of dozens: how many rows it has is a sum,
+and its list in any order is the kinds' lists merged. Nothing is scanned, however rare or empty the combination is.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ index as it stands on the disk, its log included, and it is opened again once on
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -108,7 +107,7 @@ class Pool:
 def _file(path: Path) -> _Stamp:
     """Which file it is, () where there is none."""
     try:
-        found = os.stat(path)
+        found = path.stat()
     except OSError:
         return ()
     return (found.st_dev, found.st_ino)
@@ -116,7 +115,7 @@ def _file(path: Path) -> _Stamp:
 
 def _state(path: Path) -> _Stamp:
     try:
-        found = os.stat(path)
+        found = path.stat()
     except OSError:
         return (None, None)
     return (found.st_size, found.st_mtime_ns)

@@ -148,7 +148,7 @@ def select(
 
 @dataclass(frozen=True, slots=True)
 class _Driver:
-    """What finds the rows of a list that is sorted then: the source of a SELECT, its values, and whose row id counts."""
+    """What finds the rows of a list that is sorted then: the source of a SELECT, its values, whose row id counts."""
 
     source: str
     values: tuple[object, ...] = ()
@@ -157,6 +157,8 @@ class _Driver:
 
 @dataclass(frozen=True, slots=True)
 class _Look:
+    """One page to be found: of `kinds`, those that the filter chose."""
+
     filter: Filter
     sort: Sort
     descending: bool
@@ -166,8 +168,11 @@ class _Look:
     @property
     def _conditions(self) -> Terms:
         """All of the filter but its text."""
-        of_kind = Terms((f"kind IN ({', '.join(map(str, self.kinds))})",))
-        return sum((*_ranges(self.filter).values(), *_names(self.filter).values()), of_kind)
+        return sum((*_ranges(self.filter).values(), *_names(self.filter).values()), self._of_kind)
+
+    @property
+    def _of_kind(self) -> Terms:
+        return Terms((f"kind IN ({', '.join(map(str, self.kinds))})",))
 
     def driver(self, match: str | None, many: int) -> _Driver | None:
         """What finds few rows: at most `many`, a search some more. None where the order is walked."""
@@ -180,10 +185,9 @@ class _Look:
             found[name] = self._count(f"trajectories INDEXED BY {name} WHERE {terms}", terms.values, many)
         ranges = _ranges(self.filter)
         if ranges and index.ORDERS[self.sort][0] not in ranges and min(found.values(), default=many + 1) > many:
-            within = sum(ranges.values(), Terms((f"kind IN ({', '.join(map(str, self.kinds))})",)))
-            for name in ranges:
-                found[name] = self._count(f"trajectories INDEXED BY {name} WHERE {within}", within.values, many)
-                break  # both ranges are looked at in either
+            within = sum(ranges.values(), self._of_kind)
+            name = next(iter(ranges))  # both ranges are looked at in either
+            found[name] = self._count(f"trajectories INDEXED BY {name} WHERE {within}", within.values, many)
         best = min(found, key=lambda name: found[name], default=None)
         return _Driver(f"trajectories AS t INDEXED BY {best}") if best is not None and found[best] <= many else None
 
@@ -257,10 +261,10 @@ class _Look:
                 *asked.values,
                 size,
             )
-            yield from rows  # type: ignore[misc]
+            yield from rows
             if len(rows) < size:
                 return
-            key: Key = (None if missing else rows[-1][0], rows[-1][1])  # type: ignore[assignment]
+            key: Key = (None if missing else rows[-1][0], rows[-1][1])
             begin = self.beginning(key, missing) or Terms()
             asked = sum((*_ranges(self.filter).values(), begin), Terms(("kind = ?",), (kind,)))
 

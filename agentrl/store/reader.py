@@ -353,6 +353,10 @@ class StoreReader:
         ]  # fmt: skip
         return [min(ends[0]), max(ends[1])]
 
+    def extents(self) -> dict[str, int]:
+        """Up to which byte the index knows each segment."""
+        return dict(self._rows("SELECT name, indexed FROM segments"))
+
     def ids(self) -> list[tuple[str, int]]:
         """Every (id, latest attempt), sorted."""
         return [

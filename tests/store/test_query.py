@@ -64,7 +64,10 @@ FILTERS: list[tuple[Filter, Callable[[Entry], bool]]] = [
     (Filter(env="e1", reward_min=0.5), lambda e: e.env == "e1" and (e.reward or 0) >= 0.5),
     (Filter(task="t1", source="demo"), lambda e: e.task_id == "t1" and e.source == "demo"),
     (Filter(reward_min=0.5, step_min=1, step_max=4), lambda e: (e.reward or 0) >= 0.5 and 1 <= e.step <= 4),
-    (Filter(task="t1", reward_min=0.5, stage="b"), lambda e: e.task_id == "t1" and (e.reward or 0) > 0 and e.stage == "b"),
+    (
+        Filter(task="t1", reward_min=0.5, stage="b"),
+        lambda e: e.task_id == "t1" and (e.reward or 0) > 0 and e.stage == "b",
+    ),
     (Filter(success=False, why="infra"), lambda e: False),
     (Filter(reward_max=0.0), lambda e: e.reward == 0.0),
 ]
