@@ -27,13 +27,13 @@ _NOTHING = b"\x90"  # an empty list: the observations of a trajectory without tu
 class Indexer:
     """Puts the frames of segments into an index, within the caller's transaction.
 
-    What is indexed already stays as it is. A prompt's words may stand in the segment of another writer: the texts of
-    such trajectories are read again in `finish`, so that memory does not grow with them; `worded` False says that no
-    segment has any words. What a prompt shares with a trajectory that was indexed before is looked up in `folder`.
+    What is indexed already stays as it is. A prompt's words may stand in the segment of another writer, which may come
+    `later`: such texts wait until `finish` and are read again then, so that memory does not grow with them. What a prompt
+    shares with a trajectory that was indexed before is looked up in `folder`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, folder: Path, *, worded: bool = True) -> None:
-        self._db, self._folder, self._worded = connection, folder, worded
+    def __init__(self, connection: sqlite3.Connection, folder: Path, *, later: bool = False) -> None:
+        self._db, self._folder, self._later = connection, folder, later
         self._rows: list[tuple[Any, ...]] = []
         self._texts: list[_Text] = []
         self._credit: list[tuple[Any, ...]] = []
@@ -88,7 +88,7 @@ class Indexer:
         kinds.supersede(self._db, [row[0] for row, _ in fresh])  # by a later attempt that was indexed first
         ready = []
         for rowid, (_, said) in enumerate(fresh, first):
-            if self._worded and not said.prompt <= self._known.keys():
+            if self._later and not said.prompt <= self._known.keys():
                 self._waiting.append(rowid)
             else:
                 ready.append((rowid, said))
@@ -98,14 +98,10 @@ class Indexer:
 
     def finish(self) -> None:
         """Nothing comes any more: the texts that waited for words get those that came."""
-        if self._waiting:
-            self._known.update(self._db.execute("SELECT token, piece FROM pieces"))  # another writer's, too
         prompts: text.Known = {}
         moment: Any = None
         for rowid in self._waiting:
             row = self._db.execute(f"SELECT {_PLACES} FROM trajectories WHERE rowid = ?", (rowid,)).fetchone()
-            if row is None:  # its transaction was rolled back
-                continue
             stage, step, segment, *places = row
             if moment != (segment, stage, step):
                 moment = (segment, stage, step)
@@ -122,6 +118,11 @@ class Indexer:
             return parse(os.pread(file.fileno(), length, offset))
 
     def _search(self, texts: list[tuple[int, _Text]]) -> None:
+        missing = {token for _, said in texts for token in said.ids if token not in self._known}
+        if missing and self._db.execute("SELECT 1 FROM pieces LIMIT 1").fetchone():
+            for token in missing:
+                for (piece,) in self._db.execute("SELECT piece FROM pieces WHERE token = ?", (token,)):
+                    self._known[token] = piece  # another writer's, since this was made
         self._db.executemany(index.INSERT_TEXT, [(rowid, said.text(self._known)) for rowid, said in texts])
 
     def _text(self, frame: Frame, read: Frame | None, tokens: Frame | None, prompts: text.Known) -> _Text:
@@ -202,8 +203,8 @@ def rebuild(run_dir: Path) -> int:
         _remove(fresh)
         connection = index.connect(run_dir, name=fresh.name)
         connection.execute("BEGIN IMMEDIATE")
-        worded = any(holds(segment, Kind.PIECES) for segment in segments)
-        indexer = Indexer(connection, run_dir / "seg", worded=worded)
+        later = any(holds(segment, Kind.PIECES) for segment in segments)  # else there are no words to wait for
+        indexer = Indexer(connection, run_dir / "seg", later=later)
         for segment in segments:
             indexer.segment(segment)
         indexer.finish()
