@@ -28,8 +28,8 @@ class Indexer:
     """Puts the frames of segments into an index, within the caller's transaction.
 
     What is indexed already stays as it is. A prompt's words may stand in the segment of another writer, which may come
-    `later`: such texts wait until `finish` and are read again then, so that memory does not grow with them. What a prompt
-    shares with a trajectory that was indexed before is looked up in `folder`.
+    `later`: such texts wait until `finish` and are read again then, so that memory does not grow with them. What a
+    prompt shares with a trajectory that was indexed before is looked up in `folder`.
     """
 
     def __init__(self, connection: sqlite3.Connection, folder: Path, *, later: bool = False) -> None:
