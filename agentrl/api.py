@@ -43,7 +43,7 @@ def train(
     `resume` goes on from the newest checkpoint with the same numbers as a run that was never killed.
     `dry_run` checks everything, reports the plan, trains nothing and returns None.
     """
-    resolved = as_config(config, overrides)
+    resolved, text = _with_text(config, overrides)
     tune()
     reporter = reporter or make_reporter()
     try:
@@ -58,7 +58,6 @@ def train(
         path = Path(resolved.out) / resolved.name
         if resume and (path / "run.json").is_file():
             _check_same(path, resolved)
-        text = config.yaml if isinstance(config, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv, resume=resume) as folder:
             summary = asyncio.run(Trainer(resolved, folder, reporter).run())
         if summary.eval:
@@ -154,14 +153,13 @@ def rollout(
     """Play `n` training tasks and record them in the new folder `out`: with the policy of a run (`checkpoint` as in
     `evaluate`), or with the one that a configuration begins with."""
     run = _run_folder(source)
-    resolved = as_config(run / "config.resolved.yaml" if run else source, overrides)
+    resolved, text = _with_text(run / "config.resolved.yaml" if run else source, overrides)
     tune()
     reporter = reporter or make_reporter()
     try:
         from agentrl.train.judge import Judge
 
         path, at = Path(out), checkpoint_of(run, checkpoint)
-        text = source.yaml if isinstance(source, Loaded) else as_text(resolved)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv) as folder:
             if at is not None:
                 reporter.note(f"the policy of {at}")
@@ -231,3 +229,11 @@ def as_config(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:
         return parse(config)
     loaded: Any = load([Path(config)], overrides)
     return loaded.config  # type: ignore[no-any-return]
+
+
+def _with_text(config: ConfigLike, overrides: Sequence[str]) -> tuple[Config, str]:
+    """A configuration, and what the run's folder keeps of it: never what a `${env:…}` of its file stands for."""
+    if isinstance(config, str | Path):
+        config, overrides = load([Path(config)], overrides), ()
+    resolved = as_config(config, overrides)
+    return resolved, config.yaml if isinstance(config, Loaded) else as_text(resolved)

@@ -193,7 +193,8 @@ def _rescored(source: str, found: Rescoring, as_json: bool) -> int:
     if as_json:
         for each in found.episodes:
             _line("rescored", **_plain(each))
-        _line("summary", **found.how, because=dict(found.because), env=found.env, file=path and str(path))
+        facts = {"because": dict(found.because), "compared": found.compared, "env": found.env}
+        _line("summary", **found.how, **facts, file=path and str(path))
         return DONE
     console = _console()
     changed = [each for each in found.episodes if each.changed]
@@ -215,8 +216,10 @@ def _said(found: Rescoring) -> list[str]:
     """Which way the scores came about."""
     lines, how = [], found.how
     if how.get("record"):
-        also = f"; {found.compared} were acted out besides, with the same scores" if found.compared else ""
-        lines.append(f"{found.name}: {how['record']} scored from the record, which is all that score reads{also}")
+        also = "; not compared with a live episode (globals, files and clocks are not seen)"
+        if found.compared:
+            also = f", which is all that score reads; {found.compared} were acted out besides, with the same scores"
+        lines.append(f"{found.name}: {how['record']} scored from the record{also}")
     for why, count in found.because:
         lines.append(f"{found.name}: {count} scored by acting the episode out again ({why})")
     if how.get("kept"):

@@ -55,6 +55,11 @@ class Loaded(Generic[M]):
         """`resolved` as text: what config.resolved.yaml holds."""
         return to_yaml(self.resolved)
 
+    def with_section(self, name: str, section: BaseModel) -> Loaded[M]:
+        """The same with section `name` replaced by one made in Python; the others stay as they were written."""
+        config = self.config.model_copy(update={name: section})
+        return Loaded(config, self.origin, {**self.resolved, name: _plain(section)})
+
     def place(self, path: str) -> str | None:
         """Where the key at a dotted `path`, or the nearest key around it, was set; None where nowhere."""
         steps = path.split(".")
@@ -141,12 +146,30 @@ def _bare_secrets(value: object, node: Node, path: str = "") -> list[UsageError]
 
 
 def as_text(config: BaseModel) -> str:
-    """A configuration that was made in Python, as YAML that loads to an equal one."""
-    return to_yaml(_escaped(config.model_dump(mode="json", by_alias=True)))
+    """A configuration that was made in Python, as YAML that loads to an equal one, but for its secrets: they are left
+    out. One that came from a file has its text with `${env:…}` unresolved in `Loaded.yaml`; use that."""
+    return to_yaml(_plain(config))
+
+
+def _plain(config: BaseModel) -> dict[str, Any]:
+    data = _without_secrets(config.model_dump(mode="json", by_alias=True), config.model_dump(by_alias=True))
+    plain: dict[str, Any] = _escaped(data)
+    return plain
+
+
+def _without_secrets(data: Any, held: Any) -> Any:
+    """`data` with None for every secret of `held`, whose stars would be taken for the secret."""
+    if isinstance(held, SecretStr):
+        return None
+    if isinstance(held, Mapping) and isinstance(data, dict):
+        return {key: _without_secrets(item, held.get(key)) for key, item in data.items()}
+    if isinstance(held, list | tuple) and isinstance(data, list):
+        return [_without_secrets(item, each) for item, each in zip(data, held, strict=True)]
+    return data
 
 
 def _resolved(config: BaseModel, root: Node) -> dict[str, Any]:
-    data: dict[str, Any] = _unresolve(_escaped(config.model_dump(mode="json", by_alias=True)), root)
+    data: dict[str, Any] = _unresolve(_plain(config), root)
     return data
 
 

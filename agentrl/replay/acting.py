@@ -7,6 +7,7 @@ in the record, so the replay ends before it. Both are named; neither is a diverg
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from agentrl.content import text_of
@@ -42,10 +43,12 @@ def host_of(env: Env, task: Task, id: str, seed: int, deadlines: Deadlines) -> H
 
 @dataclass(slots=True)
 class Acting:
-    """One episode acted out. `left` says what of the record could not be acted out, and why."""
+    """One episode acted out. `left` says what of the record could not be acted out, and why. `opening` compares what
+    the environment showed first with the record: the difference, and what could not be compared."""
 
     record: Trajectory
     host: Host
+    opening: Callable[[Obs | None], tuple[Difference | None, str]] | None = None
     turns: int = 0
     calls: int = 0
     begun: bool = False
@@ -76,6 +79,11 @@ class Acting:
         first = await self.host.reset()
         self.begun = True
         self.done = first is not None and first.done
+        if self.opening is not None:
+            different, unknown = self.opening(first)
+            if different is not None:
+                return different
+            self.left += [unknown] if unknown else []
         for number, turn in enumerate(self.record.turns):
             if self._was_cut(number, turn):
                 self.left.append(f"{self.record.outcome} in turn {number}, whose calls it left unrecorded")

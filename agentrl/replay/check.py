@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from agentrl.errors import EnvError
 from agentrl.replay.acting import Acting, CannotReplay, host_of
 from agentrl.replay.difference import Difference, differing_score
 from agentrl.replay.guard import scored_from_record
+from agentrl.replay.opening import differing_opening, first_words
 from agentrl.replay.recorded import Recorded
 from agentrl.rollout.manager import Watcher
 from agentrl.store import Entry
@@ -106,7 +108,8 @@ class Check:
         source = self.source
         task = source.task(entry)
         host = host_of(source.env, task, entry.id, source.config.seed, source.config.rollout.deadlines)
-        acting = Acting(record, host)
+        words = partial(first_words, source.reader, record)
+        acting = Acting(record, host, lambda first: differing_opening(record, task, first, words))
         try:
             different = await acting.play()
             if different is None and acting.whole and record.outcome.kind != "failed":

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 from agentrl.trajectory import ToolCall, ToolResult, Trajectory, Turn
 
-What = Literal["state", "result", "observation", "reward", "length", "outcome", "score", "environment"]
+What = Literal["prompt", "state", "result", "observation", "reward", "length", "outcome", "score", "environment"]
 _BEFORE, _AFTER = 24, 72  # characters shown before the first one that differs, and from it on
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """What was recorded and what is now. `turn` None: before the first turn, or at the end. `call`: its number
+    """What was recorded and what is now. `turn` None: before the first turn (reset), or at the end. `call`: its number
     within the turn."""
 
     what: What
@@ -29,7 +29,7 @@ class Difference:
     def place(self) -> str:
         """For example "turn 2, call 0 (calc)"."""
         if self.turn is None:
-            return "reset" if self.what == "environment" else "the end"
+            return "the end" if self.what in ("outcome", "score") else "reset"
         if self.call is None:
             return f"turn {self.turn}"
         return f"turn {self.turn}, call {self.call} ({self.name})"

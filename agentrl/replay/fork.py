@@ -27,7 +27,7 @@ from agentrl.context import AppendOnly, ContextPolicy
 from agentrl.engines.options import LocalOptions
 from agentrl.env import Say
 from agentrl.errors import RunFailed, UsageError
-from agentrl.loader import as_text, load
+from agentrl.loader import load
 from agentrl.play import read_calls
 from agentrl.replay.acting import CannotReplay, host_of
 from agentrl.replay.difference import differing_turn, spelt
@@ -117,15 +117,16 @@ async def forked(
     if not 0 <= turn <= len(record.turns):
         raise UsageError(f"{entry.id} has {len(record.turns)} turns; --from-turn is from 0 to {len(record.turns)}")
     reporter = reporter or make_reporter()
-    config = source.config
+    loaded = source.loaded
     if speaking.model is not None:
-        config = config.model_copy(update={"model": HFModel(path=str(speaking.model))})
+        loaded = loaded.with_section("model", HFModel(path=str(speaking.model)))
+    config = loaded.config
     at = api.checkpoint_of(source.folder, speaking.checkpoint) if _needs_checkpoint(speaking) else None
     if speaking.endpoint is None and any(not kept.output for kept in record.turns[:turn]):
         raise UsageError(f"{entry.id} has no token ids (an endpoint spoke, or they were not kept); give --endpoint")
     async with AsyncExitStack() as stack:
         folder = stack.enter_context(
-            RunFolder.create(out, as_text(config), config_version=SCHEMA_VERSION, command=sys.argv)
+            RunFolder.create(out, loaded.yaml, config_version=SCHEMA_VERSION, command=sys.argv)
         )
         if (source.folder / "tokenizer").is_dir():
             shutil.copytree(source.folder / "tokenizer", out / "tokenizer")

@@ -15,7 +15,7 @@ from typing import TypeVar
 from agentrl.config import SCHEMA_VERSION, Config
 from agentrl.env import Env, tasks_of
 from agentrl.errors import InfraError, UsageError
-from agentrl.loader import load
+from agentrl.loader import Loaded, load
 from agentrl.registry import make_env
 from agentrl.replay.acting import CannotReplay
 from agentrl.rollout.manager import Watcher
@@ -103,7 +103,7 @@ class Recorded:
     """A run's record, opened to be replayed. `tasks` are those of the chosen episodes, by (split, id)."""
 
     folder: Path
-    config: Config
+    loaded: Loaded[Config]
     env: Env
     reader: StoreReader
     entries: Sequence[Entry] = ()
@@ -113,10 +113,16 @@ class Recorded:
     def open(cls, folder: Path, overrides: Sequence[str] = ()) -> Recorded:
         """Raises `UsageError` for a folder without a record, or whose environment cannot be found."""
         try:
-            config: Config = load([folder / RESOLVED], overrides).config
+            loaded: Loaded[Config] = load([folder / RESOLVED], overrides)
         except UsageError as error:
             raise _of_its_time(folder, error) from error
-        return cls(folder, config, make_env(config.env.id, config.env.options), StoreReader(folder))
+        config = loaded.config
+        return cls(folder, loaded, make_env(config.env.id, config.env.options), StoreReader(folder))
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration, with the overrides."""
+        return self.loaded.config
 
     async def choose(self, selection: Selection) -> None:
         """Choose episodes, and find their tasks."""

@@ -61,7 +61,8 @@ class Rescored:
 
 @dataclass(frozen=True, slots=True)
 class Rescoring:
-    """All of them. `because` says why episodes were acted out; `file` holds the verdicts, where they could be kept."""
+    """All of them. `because` says why episodes were acted out; `compared` how many of those that were scored from the
+    record were acted out besides, and came to the same; `file` holds the verdicts, where they could be kept."""
 
     episodes: Sequence[Rescored]
     name: str

@@ -19,6 +19,7 @@ from agentrl.env import Episode, Obs
 from agentrl.errors import EnvError, InfraError, PolicyError, ToolError
 from agentrl.host import Answer, Host
 from agentrl.instance import Scored
+from agentrl.rollout import opening
 from agentrl.rollout.actors import Conversation, Spoken
 from agentrl.rollout.seeds import seed_of
 from agentrl.store.key import EpisodeKey
@@ -88,6 +89,7 @@ class LiveEpisode:
         self._source = source
         self._recorded = list(recorded)
         self._prompt: list[Message] = []
+        self._opening: dict[str, Any] = {}
         self._deadline = time.monotonic() + limits.episode_seconds
         self._children = 0
         self._closing: asyncio.Task[None] | None = None
@@ -120,6 +122,7 @@ class LiveEpisode:
         except InfraError as error:
             self.outcome = Outcome("failed", "infra", str(error))
             return
+        self._opening = {opening.KEY: opening.opening_of(self.task, first)}
         if self.task.system is not None:
             self._prompt.append(Message("system", self.task.system))
         prompt: Content = self.task.prompt
@@ -248,7 +251,7 @@ class LiveEpisode:
             score=parts,
             reward=total,
             success=success,
-            extra=dict(self.extra) | ({"reward_weights": weights} if weights else {}),
+            extra=dict(self.extra) | self._opening | ({"reward_weights": weights} if weights else {}),
         )
 
     async def _judged(self, episode: Episode) -> Scored:

@@ -193,6 +193,23 @@ def frames_of(data: bytes | mmap.mmap, start: int = 0, *, body: bool = False) ->
             at += frame.length
 
 
+def holds(path: Path, kind: Kind) -> bool:
+    """Whether a file has a frame of some kind, sound or not: its heads alone are read, up to the first one."""
+    if path.stat().st_size < _HEAD.size:
+        return False
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        at = 0
+        while 0 <= at <= len(data) - _HEAD.size:
+            magic, n_meta, n_body, _, found, _ = _HEAD.unpack_from(data, at)
+            if magic != MAGIC:
+                at = data.find(MAGIC, at + 1)
+            elif found == kind:
+                return True
+            else:
+                at += _HEAD.size + n_meta + n_body
+    return False
+
+
 def scan(path: Path, start: int = 0, *, body: bool = False) -> Iterator[Frame]:
     """`frames_of` a file that nobody truncates meanwhile."""
     if path.stat().st_size > start:

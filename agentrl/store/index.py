@@ -12,21 +12,24 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentrl.errors import RunFailed, UsageError
+from agentrl.store import kinds
 from agentrl.trajectory import Trajectory
 
 NAME = "index.sqlite"
-FORMAT = 2
-READABLE = (1, FORMAT)  # an index of format 1 has no search, and fewer indices
+FORMAT = 3
+READABLE = (1, 2, FORMAT)  # one before 3 has no kinds, and its lists take longer; one before 2 has no search, either
 # What several machines mount, or a machine and its host: no memory is shared there. FUSE counts, but for these.
 _NETWORK = re.compile(
     r"nfs\d?|cifs|smb\d?|smbfs|9p|afs|ceph|lustre|beegfs|glusterfs|gpfs|gfs2|ocfs2|pvfs2|wekafs|virtiofs|vboxsf|prl_fs|"
     r"fuse\.(?!fuse-overlayfs|ntfs|mergerfs|bindfs|gocryptfs|encfs).+"
 )
 _CACHE = "PRAGMA cache_size = -65536"  # KiB: a long list's indices grow beyond SQLite's 2 MiB
+_NO_MEMORY = ("SQLITE_CANTOPEN", "SQLITE_READONLY_CANTINIT", "SQLITE_READONLY_RECOVERY", "SQLITE_READONLY_DIRECTORY")
 _log = logging.getLogger(__name__)
 
 # What a TRAJECTORY frame's meta holds, in this order; `tokens_*` and `read_*` are the places of its other frames.
@@ -38,28 +41,30 @@ FACTS = (
 CREDIT_FACTS = ("stage", "step", "group_id", "member", "id", "attempt", "source", "reward")
 PLACE = ("segment", "offset", "length")
 
+# An order of lists: its index, and the column. Within each kind, rows stand in this order; ranges of steps and rewards
+# are looked at in the index itself.
+ORDERS = {
+    "added": ("by_kind", "rowid"), "reward": ("by_reward", "reward"), "step": ("by_step", "step"),
+    "n_calls": ("by_calls", "n_calls"), "n_tokens": ("by_tokens", "n_tokens"), "n_turns": ("by_turns", "n_turns"),
+    "seconds": ("by_seconds", "seconds"), "tool_cost": ("by_cost", "tool_cost"),
+}  # fmt: skip
+
+
+def _order(name: str, column: str) -> str:
+    columns = dict.fromkeys(("kind", column, "rowid", "step", "reward"))
+    return f"CREATE INDEX {name} ON trajectories ({', '.join(columns)});"
+
+
+_ORDERS = "\n".join([_order(*order) for order in ORDERS.values()])
 _SCHEMA = f"""
 CREATE TABLE trajectories (
     rowid INTEGER PRIMARY KEY, {", ".join(FACTS)}, {", ".join(PLACE)}, latest INTEGER NOT NULL DEFAULT 1,
-    UNIQUE (id, attempt)
+    kind INTEGER NOT NULL, UNIQUE (id, attempt)
 );
-CREATE INDEX by_step ON trajectories (step);
-CREATE INDEX by_reward ON trajectories (reward);
 CREATE INDEX by_group ON trajectories (group_id);
-CREATE INDEX by_env ON trajectories (env, reward);
 CREATE INDEX by_task ON trajectories (task_id);
-CREATE INDEX by_stage ON trajectories (stage);
-CREATE INDEX steps_of_stage ON trajectories (stage, step);
-CREATE INDEX by_split ON trajectories (split);
-CREATE INDEX by_source ON trajectories (source);
-CREATE INDEX by_success ON trajectories (success);
-CREATE INDEX by_outcome ON trajectories (outcome, why);
-CREATE INDEX by_errors ON trajectories (n_errors) WHERE n_errors > 0;
-CREATE INDEX by_calls ON trajectories (n_calls);
-CREATE INDEX by_tokens ON trajectories (n_tokens);
-CREATE INDEX by_turns ON trajectories (n_turns);
-CREATE INDEX by_seconds ON trajectories (seconds);
-CREATE INDEX by_cost ON trajectories (tool_cost);
+{_ORDERS}
+{kinds.SCHEMA}
 CREATE VIRTUAL TABLE search USING fts5 (text, content = '', detail = none, columnsize = 0);
 CREATE TABLE credit (
     rowid INTEGER PRIMARY KEY, {", ".join(CREDIT_FACTS)}, {", ".join(PLACE)},
@@ -76,12 +81,11 @@ def _slots(columns: Sequence[str]) -> str:
     return f"({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
 
 
-INSERT_TRAJECTORY = f"INSERT INTO trajectories {_slots(('rowid', *FACTS, *PLACE))}"
+INSERT_TRAJECTORY = f"INSERT INTO trajectories {_slots(('rowid', *FACTS, *PLACE, 'kind'))}"
 INSERT_TEXT = "INSERT INTO search (rowid, text) VALUES (?, ?)"
 INSERT_CREDIT = f"INSERT OR REPLACE INTO credit {_slots((*CREDIT_FACTS, *PLACE))}"
 INSERT_PIECE = "INSERT OR IGNORE INTO pieces VALUES (?, ?)"
 INSERT_EXTENT = "INSERT OR REPLACE INTO segments VALUES (?, ?)"
-SUPERSEDE = "UPDATE trajectories SET latest = 0 WHERE id = ? AND attempt < ?"
 
 
 def file_system(path: Path, mounts: str = "/proc/mounts") -> str:
@@ -126,28 +130,76 @@ def connect(folder: Path, *, name: str = NAME) -> sqlite3.Connection:
     return connection
 
 
-def connect_reader(folder: Path) -> sqlite3.Connection:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An index opened for reading. `alone`: it shares nothing with a writer, and so never sees what is written later.
+    `lacks` says what may be missing in it, "" where nothing is."""
+
+    connection: sqlite3.Connection
+    alone: bool = False
+    lacks: str = ""
+
+
+def connect_reader(folder: Path) -> Opened:
     """Open the index of a run for reading. Raises `UsageError` where there is none."""
     path = folder / NAME
     if not path.is_file():
         raise UsageError(f"no trajectories are stored in {folder} ({NAME} is missing); {_or_rebuild(path)}")
-    # Without write access there is no shared memory to make, and so no writer to wait for.
-    alone = not os.access(folder, os.W_OK) or _left_in_wal(path, file_system(folder))
-    access = "mode=ro&immutable=1" if alone else "mode=rw"
     try:
-        connection = sqlite3.connect(
-            f"{path.resolve().as_uri()}?{access}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
-        )
-        connection.execute("PRAGMA query_only = ON")
-        version = _version(connection)
+        opened = _opened(path, _left_in_wal(path, file_system(folder)))
+        version = _version(opened.connection)
     except sqlite3.DatabaseError as error:
         raise index_failed(path, error) from error
     if version == 0:
         raise UsageError(f"no trajectories are in {path} yet; {_or_rebuild(path, 'wait for its first step')}")
     if version not in READABLE:
         raise UsageError(f"{path} has format {version}, this version reads {FORMAT}; run: {_remedy(path)}")
-    connection.execute(_CACHE)
+    opened.connection.execute(_CACHE)
+    return opened
+
+
+def _opened(path: Path, alone: bool) -> Opened:
+    writable = os.access(path.parent, os.W_OK) and os.access(path, os.W_OK)
+    if not alone:
+        try:
+            return Opened(_reading(path, "mode=rw" if writable else "mode=ro"))
+        except sqlite3.OperationalError as error:
+            if writable or getattr(error, "sqlite_errorname", "") not in _NO_MEMORY:
+                raise
+    # The writer's shared memory is not there, and none can be made. The log, where there is one, is read through an
+    # index of it in this connection's own memory, which SQLite makes for who locks nothing out and nobody else.
+    left = log_of(path).exists() and log_of(path).stat().st_size > 0
+    if not left:
+        return Opened(_reading(path, "mode=ro&immutable=1"), alone=True)
+    try:
+        return Opened(_reading(path, "mode=ro&vfs=unix-none", "PRAGMA locking_mode = EXCLUSIVE"), alone=True)
+    except sqlite3.OperationalError:
+        lacks = (
+            f"{log_of(path)} cannot be read, so that the latest trajectories may be missing here; "
+            f"ask the run's owner to read it, or to run: {_remedy(path)}"
+        )
+        return Opened(_reading(path, "mode=ro&immutable=1"), alone=True, lacks=lacks)
+
+
+def _reading(path: Path, access: str, first: str = "") -> sqlite3.Connection:
+    """A connection that was read with once: what cannot be read is known only then."""
+    connection = sqlite3.connect(
+        f"{path.resolve().as_uri()}?{access}", uri=True, timeout=60, isolation_level=None, check_same_thread=False
+    )
+    try:
+        if first:
+            connection.execute(first)
+        connection.execute("PRAGMA query_only = ON")
+        connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
+
+
+def log_of(path: Path) -> Path:
+    """The log of an index in WAL mode: what was committed and does not yet stand in the file itself."""
+    return path.with_name(path.name + "-wal")
 
 
 def _or_rebuild(path: Path, otherwise: str = "name the folder of a run") -> str:
@@ -165,7 +217,7 @@ def _left_in_wal(path: Path, kind: str) -> bool:
         return False
     with path.open("rb") as file:
         in_wal = file.read(20)[18:20] == b"\x02\x02"  # the file's write and read version
-    log = path.with_name(path.name + "-wal")
+    log = log_of(path)
     if in_wal and log.exists() and log.stat().st_size:
         raise UsageError(
             f"{path} was written on a local disk and not closed, and lies on {kind} now, where its log cannot be read; "
@@ -232,8 +284,9 @@ def insert(
     ((last,),) = connection.execute("SELECT ifnull(MAX(rowid), 0) FROM trajectories").fetchall()
     first = int(last) + 1
     if rows:
-        connection.executemany(INSERT_TRAJECTORY, [(first + i, *row) for i, row in enumerate(rows)])
-        connection.executemany(SUPERSEDE, [row[:2] for row in rows if row[1] > 0])
+        of = kinds.kinds_of(connection, rows, FACTS)
+        connection.executemany(INSERT_TRAJECTORY, [(first + i, *row, of[i]) for i, row in enumerate(rows)])
+        kinds.supersede(connection, dict.fromkeys([row[0] for row in rows if row[1] > 0]))
         connection.executemany(INSERT_TEXT, [(first + i, text) for i, text in enumerate(texts)])
     connection.executemany(INSERT_CREDIT, credit)
     connection.executemany(INSERT_PIECE, pieces)

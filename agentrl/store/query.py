@@ -1,31 +1,33 @@
 """Questions to the index: which trajectories, in which order, from where on; answered a page at a time.
 
-Pages are by key, never by OFFSET. What makes a page fast is the index that drives it: a filter that few
-rows pass is followed and its rows are sorted; otherwise the sort's own index is walked until the page
-is full. Following costs a look-up for each of the filter's n rows, walking about limit * N / n of the table's N; which
-is less is found out by counting, up to where the two are equal.
+Pages are by key, never by OFFSET. What a filter asks of facts with few values chooses kinds (`kinds.py`); within a kind
+every order has an index, and a page is the merge of the chosen kinds' first rows. Ranges of steps and rewards are
+looked at in those indices. Where something else finds few rows (a group, a task, a range, a search), those are
+fetched and sorted instead.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
 import unicodedata
-from collections.abc import Callable, Collection
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from agentrl.errors import UsageError
+from agentrl.store import index, kinds
+from agentrl.store.kinds import Fetch
 
 Sort = Literal["added", "reward", "step", "n_calls", "n_tokens", "n_turns", "seconds", "tool_cost"]
 SORTS: tuple[Sort, ...] = get_args(Sort)
 MANY = 2_000  # rows that are fetched and sorted in milliseconds, whatever else could be done
-_FOUND = 20_000  # hits that a search sorts: walking another index would list them all as well
+_FOUND = 20_000  # hits that a search sorts; more are listed, and looked up as the order is walked
+_CHUNK = 256  # rows of a kind that are asked for at a time, where not all of them may fit
 
-_INDEX_OF_SORT = {
-    "added": "", "reward": "by_reward", "step": "by_step", "n_calls": "by_calls", "n_tokens": "by_tokens",
-    "n_turns": "by_turns", "seconds": "by_seconds", "tool_cost": "by_cost",
-}  # fmt: skip
-Fetch = Callable[..., list[tuple[object, ...]]]
+Row = tuple[object, ...]
+Key = tuple[float | None, int]  # what a list is ordered by, and the row id
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,44 +58,48 @@ class Filter:
 
 
 @dataclass(frozen=True, slots=True)
-class Term:
-    """A condition on a row, and the index (if any) that finds the rows for which it holds."""
+class Terms:
+    """Conditions on rows, all of which hold: SQL for each, and the values of its marks."""
 
-    clause: str
-    values: tuple[object, ...]
-    index: str = ""
-    ordered: bool = False  # within the index, such rows stand in the order of their row ids
+    clauses: tuple[str, ...] = ()
+    values: tuple[object, ...] = ()
+
+    def __add__(self, other: Terms) -> Terms:
+        return Terms(self.clauses + other.clauses, self.values + other.values)
+
+    def __bool__(self) -> bool:
+        return bool(self.clauses)
+
+    def __str__(self) -> str:
+        return " AND ".join(self.clauses) or "1"
 
 
-def terms_of(filter: Filter) -> list[Term]:
-    """The conditions of a filter, but for its text."""
-    f = filter
-    equal = (
-        ("stage", f.stage, "by_stage"), ("split", f.split, "by_split"), ("step", f.step, "by_step"),
-        ("group_id", f.group, "by_group"), ("task_id", f.task, "by_task"), ("source", f.source, "by_source"),
-        ("success", None if f.success is None else int(f.success), "by_success"),
-    )  # fmt: skip
-    terms = [Term(f"{name} = ?", (value,), index, True) for name, value, index in equal if value is not None]
-    if f.outcome is not None:
-        values = (f.outcome,) if f.why is None else (f.outcome, f.why)
-        terms.append(Term("outcome = ? AND why = ?" if len(values) > 1 else "outcome = ?", values, "by_outcome"))
-    elif f.why is not None:
-        terms.append(Term("why = ?", (f.why,)))
-    for name, value, low, high, index in (
-        ("env", f.env, None, None, "by_env"),
-        ("step", None, f.step_min, f.step_max, "by_step"),
-        ("reward", None, f.reward_min, f.reward_max, "by_reward"),
-    ):
-        asked = [("=", value), (">=", low), ("<=", high)]
-        asked = [(sign, bound) for sign, bound in asked if bound is not None]
-        if asked:
-            clause = " AND ".join(f"{name} {sign} ?" for sign, _ in asked)
-            terms.append(Term(clause, tuple(bound for _, bound in asked), index))
-    if f.errors:
-        terms.append(Term("n_errors > 0", (), "by_errors"))
-    if not f.all_attempts:
-        terms.append(Term("latest = 1", ()))
-    return terms
+def _terms(*asked: tuple[str, str, object]) -> Terms:
+    given = [(f"{name} {sign} ?", value) for name, sign, value in asked if value is not None]
+    return Terms(tuple(clause for clause, _ in given), tuple(value for _, value in given))
+
+
+def _facts(f: Filter) -> dict[str, object]:
+    """What the filter asks of a row's kind."""
+    asked = {
+        "stage": f.stage, "split": f.split, "env": f.env, "source": f.source, "outcome": f.outcome, "why": f.why,
+        "success": None if f.success is None else int(f.success), "errors": 1 if f.errors else None,
+        "latest": None if f.all_attempts else 1,
+    }  # fmt: skip
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def _ranges(f: Filter) -> dict[str, Terms]:
+    """What it asks of what stands in every index of an order, by the index that finds it best."""
+    steps = _terms(("step", "=", f.step), ("step", ">=", f.step_min), ("step", "<=", f.step_max))
+    rewards = _terms(("reward", ">=", f.reward_min), ("reward", "<=", f.reward_max))
+    return {name: terms for name, terms in (("by_step", steps), ("by_reward", rewards)) if terms}
+
+
+def _names(f: Filter) -> dict[str, Terms]:
+    """What it asks of the row itself, by the index that finds it."""
+    found = {"by_group": _terms(("group_id", "=", f.group)), "by_task": _terms(("task_id", "=", f.task))}
+    return {name: terms for name, terms in found.items() if terms}
 
 
 def words_of(text: str) -> list[str]:
@@ -112,85 +118,188 @@ def match_of(text: str) -> str:
 
 
 def select(
-    columns: str,
-    filter: Filter,
-    sort: Sort,
-    descending: bool,
-    after: tuple[float | None, int] | None,
-    limit: int,
-    fetch: Fetch,
-    indices: Collection[str],
-) -> list[tuple[object, ...]]:
-    """The rows of one page, at most `limit`. `fetch(sql, *values)` runs a query; `indices` are those there are.
+    columns: str, filter: Filter, sort: Sort, descending: bool, after: Key | None, limit: int, fetch: Fetch
+) -> list[Row]:
+    """The rows of one page, at most `limit`. `fetch(sql, *values)` runs a query.
 
     Missing rewards come last in either order.
     """
-    terms = terms_of(filter)
     match = match_of(filter.text) if filter.text else None
-    column = "rowid" if sort == "added" else sort
+    found = kinds.chosen(fetch, _facts(filter))
+    if not found:
+        return []
     ((last,),) = fetch("SELECT ifnull(MAX(rowid), 0) FROM trajectories")
     many = max(MANY, math.isqrt(limit * int(str(last))))
-    source, driver = _plan(terms, match, sort, fetch, indices, many)
-    way, sign = ("DESC", "<") if descending else ("ASC", ">")
-    rows: list[tuple[object, ...]] = []
+    look = _Look(filter, sort, descending, [kind for kind, _ in found], fetch)
+    driver = look.driver(match, many)
+    rows: list[Row] = []
     for missing in (False, True) if sort == "reward" else (False,):
-        leg = list(terms)
-        if sort == "reward":
-            leg.append(Term(f"reward IS {'' if missing else 'NOT '}NULL", ()))
-        if after is not None and missing and after[0] is None:
-            leg.append(Term(f"t.rowid {sign} ?", (after[1],)))
-        elif after is not None and not missing:
-            if sort == "reward" and after[0] is None:  # the page before ended among the missing rewards
-                continue
-            if sort == "added":
-                leg.append(Term(f"{driver}.rowid {sign} ?", (after[1],)))
-            else:
-                leg.append(Term(f"({column}, t.rowid) {sign} (?, ?)", after))
-        values = [value for term in leg for value in term.values]
-        order = f"{driver}.rowid {way}" if sort == "added" else f"{column} {way}, t.rowid {way}"
-        where = " AND ".join(term.clause for term in leg) or "1"
-        given = [match] if match is not None else []
-        rows += fetch(
-            f"SELECT {columns} FROM {source} {where} ORDER BY {order} LIMIT ?", *given, *values, limit - len(rows)
-        )
+        begin = look.beginning(after, missing)
+        if begin is None:
+            continue
+        if driver is not None:
+            rows += look.sorted(columns, driver, begin, limit - len(rows))
+        else:
+            rows += look.walked(columns, match, begin, limit - len(rows), missing)
         if len(rows) >= limit:
             break
     return rows
 
 
-def _plan(
-    terms: list[Term], match: str | None, sort: Sort, fetch: Fetch, indices: Collection[str], many: int
-) -> tuple[str, str]:
-    """(what stands between FROM and the conditions, the table whose rowid orders the list)."""
-    table = "trajectories AS t"
-    if match is not None:
-        few = sort == "added" or _count(fetch, "search WHERE search MATCH ?", (match,), _FOUND) <= _FOUND
-        if few:
-            return f"search CROSS JOIN {table} ON t.rowid = search.rowid WHERE search MATCH ? AND", "search"
-        walked = _hint(_INDEX_OF_SORT[sort], indices)
-        return f"{table}{walked} WHERE t.rowid IN (SELECT rowid FROM search WHERE search MATCH ?) AND", "t"
-    found = {
-        term: _count(fetch, f"trajectories INDEXED BY {term.index} WHERE {term.clause}", term.values, many)
-        for term in terms
-        if term.index in indices
-    }
-    best = min(found, key=lambda term: found[term], default=None)
-    if sort == "added":  # an index of equal values has its rows in this order already
-        tidy = min((term for term in found if term.ordered), key=lambda term: found[term], default=None)
-        best = best if best is None or tidy is None or found[best] <= many < found[tidy] else tidy
-        if best is not None and (best.ordered or found[best] <= many):
-            return f"{table} INDEXED BY {best.index} WHERE", "t"
-        return f"{table} NOT INDEXED WHERE", "t"
-    if best is not None and found[best] <= many:
-        return f"{table} INDEXED BY {best.index} WHERE", "t"
-    return f"{table}{_hint(_INDEX_OF_SORT[sort], indices)} WHERE", "t"
+@dataclass(frozen=True, slots=True)
+class _Driver:
+    """What finds the rows of a list that is sorted then: the source of a SELECT, its values, whose row id counts."""
+
+    source: str
+    values: tuple[object, ...] = ()
+    table: str = "t"
 
 
-def _hint(name: str, indices: Collection[str]) -> str:
-    return f" INDEXED BY {name}" if name in indices else ""
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One page to be found: of `kinds`, those that the filter chose."""
+
+    filter: Filter
+    sort: Sort
+    descending: bool
+    kinds: Sequence[int]
+    fetch: Fetch
+
+    @property
+    def _conditions(self) -> Terms:
+        """All of the filter but its text."""
+        return sum((*_ranges(self.filter).values(), *_names(self.filter).values()), self._of_kind)
+
+    @property
+    def _of_kind(self) -> Terms:
+        return Terms((f"kind IN ({', '.join(map(str, self.kinds))})",))
+
+    def driver(self, match: str | None, many: int) -> _Driver | None:
+        """What finds few rows: at most `many`, a search some more. None where the order is walked."""
+        if match is not None:
+            if self.sort != "added" and self._count("search WHERE search MATCH ?", (match,), _FOUND) > _FOUND:
+                return None
+            return _Driver("search CROSS JOIN trajectories AS t ON t.rowid = search.rowid", (match,), "search")
+        found: dict[str, int] = {}
+        for name, terms in _names(self.filter).items():
+            found[name] = self._count(f"trajectories INDEXED BY {name} WHERE {terms}", terms.values, many)
+        ranges = _ranges(self.filter)
+        if ranges and index.ORDERS[self.sort][0] not in ranges and min(found.values(), default=many + 1) > many:
+            within = sum(ranges.values(), self._of_kind)
+            name = next(iter(ranges))  # both ranges are looked at in either
+            found[name] = self._count(f"trajectories INDEXED BY {name} WHERE {within}", within.values, many)
+        best = min(found, key=lambda name: found[name], default=None)
+        return _Driver(f"trajectories AS t INDEXED BY {best}") if best is not None and found[best] <= many else None
+
+    def _count(self, what: str, values: tuple[object, ...], many: int) -> int:
+        """How many rows there are, no more than `many` + 1."""
+        ((n,),) = self.fetch(f"SELECT COUNT(*) FROM (SELECT 1 FROM {what} LIMIT {many + 1})", *values)
+        return int(str(n))
+
+    def beginning(self, after: Key | None, missing: bool) -> Terms | None:
+        """Where the page begins, in one of the two parts that an order by reward has. None: not in this part."""
+        column, sign = index.ORDERS[self.sort][1], "<" if self.descending else ">"
+        part = Terms((f"reward IS {'' if missing else 'NOT '}NULL",)) if self.sort == "reward" else Terms()
+        if after is None:
+            return part
+        if missing:
+            return part + (_terms(("t.rowid", sign, after[1])) if after[0] is None else Terms())
+        if self.sort == "reward" and after[0] is None:  # the page before ended among the missing rewards
+            return None
+        if self.sort == "added":
+            return part + _terms(("t.rowid", sign, after[1]))
+        return part + Terms((f"({column}, t.rowid) {sign} (?, ?)",), after)
+
+    def _order(self, table: str = "t") -> str:
+        way, column = "DESC" if self.descending else "ASC", index.ORDERS[self.sort][1]
+        return f"{table}.rowid {way}" if self.sort == "added" else f"{column} {way}, t.rowid {way}"
+
+    def sorted(self, columns: str, driver: _Driver, begin: Terms, limit: int) -> list[Row]:
+        """The rows that a driver finds."""
+        asked = self._conditions + begin
+        clauses = str(asked).replace("t.rowid", f"{driver.table}.rowid") if self.sort == "added" else str(asked)
+        text = "search MATCH ? AND " if driver.values else ""
+        return self.fetch(
+            f"SELECT {columns} FROM {driver.source} WHERE {text}{clauses} ORDER BY {self._order(driver.table)} LIMIT ?",
+            *driver.values,
+            *asked.values,
+            limit,
+        )
+
+    def walked(self, columns: str, match: str | None, begin: Terms, limit: int, missing: bool) -> list[Row]:
+        """The first rows of all kinds in their order, as far as they fit."""
+        hits = None
+        if match is not None:
+            hits = {rowid for (rowid,) in self.fetch("SELECT rowid FROM search WHERE search MATCH ?", match)}
+        names = sum(_names(self.filter).values(), Terms())
+        size = _CHUNK if hits is not None or names else limit
+        ways = [self._kind(kind, begin, missing, size) for kind in self.kinds]
+        merged = heapq.merge(*ways, reverse=self.descending)
+        found: list[int] = []
+        while len(found) < limit and (chunk := [rowid for _, rowid in itertools.islice(merged, size)]):
+            if hits is not None:
+                chunk = [rowid for rowid in chunk if rowid in hits]
+            if names:
+                marks = ", ".join("?" * len(chunk))
+                rows = self.fetch(
+                    f"SELECT rowid FROM trajectories WHERE rowid IN ({marks}) AND {names}", *chunk, *names.values
+                )
+                fit = {rowid for (rowid,) in rows}
+                chunk = [rowid for rowid in chunk if rowid in fit]
+            found += chunk
+        return self._whole(columns, found[:limit])
+
+    def _kind(self, kind: int, begin: Terms, missing: bool, size: int) -> Iterator[tuple[Any, int]]:
+        """(value, row id) of one kind's rows in their order, by its index alone."""
+        name, column = index.ORDERS[self.sort]
+        value = "0" if missing else column
+        asked = sum((*_ranges(self.filter).values(), begin), Terms(("kind = ?",), (kind,)))
+        while True:
+            rows = self.fetch(
+                f"SELECT {value}, rowid FROM trajectories AS t INDEXED BY {name} WHERE {asked} "
+                f"ORDER BY {'t.rowid ' + ('DESC' if self.descending else 'ASC') if missing else self._order()} LIMIT ?",
+                *asked.values,
+                size,
+            )
+            yield from rows
+            if len(rows) < size:
+                return
+            key: Key = (None if missing else rows[-1][0], rows[-1][1])
+            begin = self.beginning(key, missing) or Terms()
+            asked = sum((*_ranges(self.filter).values(), begin), Terms(("kind = ?",), (kind,)))
+
+    def _whole(self, columns: str, rowids: Sequence[int]) -> list[Row]:
+        found: dict[object, Row] = {}
+        for i in range(0, len(rowids), 500):
+            part = rowids[i : i + 500]
+            rows = self.fetch(
+                f"SELECT t.rowid, {columns} FROM trajectories AS t WHERE t.rowid IN ({', '.join('?' * len(part))})",
+                *part,
+            )
+            found |= {row[0]: row[1:] for row in rows}
+        return [found[rowid] for rowid in rowids]
 
 
-def _count(fetch: Fetch, what: str, values: tuple[object, ...], many: int) -> int:
-    """How many rows there are, no more than `many` + 1."""
-    ((n,),) = fetch(f"SELECT COUNT(*) FROM (SELECT 1 FROM {what} LIMIT {many + 1})", *values)
-    return int(str(n))
+def plain(
+    columns: str, filter: Filter, sort: Sort, descending: bool, after: Key | None, limit: int, fetch: Fetch
+) -> list[Row]:
+    """The same for an index without kinds, of an earlier format, by whatever way SQLite takes."""
+    look = _Look(filter, sort, descending, (), fetch)
+    facts = _facts(filter)
+    asked = _terms(*((name, "=", value) for name, value in facts.items() if name != "errors"))
+    asked = sum((*_ranges(filter).values(), *_names(filter).values()), asked)
+    asked += Terms(("n_errors > 0",)) if filter.errors else Terms()
+    if filter.text:
+        found = "t.rowid IN (SELECT rowid FROM search WHERE search MATCH ?)"
+        asked += Terms((found,), (match_of(filter.text),))
+    rows: list[Row] = []
+    for missing in (False, True) if sort == "reward" else (False,):
+        begin = look.beginning(after, missing)
+        if begin is not None and len(rows) < limit:
+            there = asked + begin
+            rows += fetch(
+                f"SELECT {columns} FROM trajectories AS t WHERE {there} ORDER BY {look._order()} LIMIT ?",
+                *there.values,
+                limit - len(rows),
+            )
+    return rows

@@ -6,8 +6,10 @@ import hashlib
 import os
 import re
 import sqlite3
+import stat
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +22,9 @@ from agentrl.store.credit import Credit, credit_in
 from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
 from agentrl.store.journal import read_journals
 from agentrl.store.key import EpisodeKey
-from agentrl.store.query import Filter, Sort, select
+from agentrl.store.kinds import Fetch
+from agentrl.store.pool import Pool
+from agentrl.store.query import Filter, Sort, plain, select
 from agentrl.store.tokens import Tokens, tokens_of
 from agentrl.trajectory import Span, Trajectory, Turn
 
@@ -87,11 +91,12 @@ _MIMES = {
     ".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".bin": "application/octet-stream",
 }  # fmt: skip
 _FLAGS = [list(Entry.__dataclass_fields__).index(name) for name in ("success", "latest")]
+_OPEN = 64  # segments that stay open
 _PLACES = "segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length"
 
 
 class StoreReader:
-    """Reads the store of one run; every thread has its own connection.
+    """Reads the store of one run; any thread may.
 
     Lists and look-ups see the latest attempt of each trajectory unless asked otherwise. Raises
     `UsageError` where the folder holds no store.
@@ -99,12 +104,11 @@ class StoreReader:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir, self._folder = run_dir, run_dir / "seg"
-        self._local = threading.local()
         self._lock = threading.Lock()
-        self._connections: list[sqlite3.Connection] = []
-        self._files: dict[str, int] = {}
-        self._known_indices: frozenset[str] | None = None
-        self._db()
+        self._files: dict[str, _File] = {}
+        self._format: int | None = None
+        self._closed = False
+        self._pool = Pool(run_dir, self._forget)
 
     def trajectories(
         self,
@@ -145,7 +149,9 @@ class StoreReader:
         """A page of the list of what passes `asked`; missing rewards sort last."""
         if asked.text and self.format < 2:
             raise UsageError(f"this store has no search yet; run: agentrl index {self._run_dir} --rebuild")
-        rows = select(_COLUMNS, asked, sort, descending, after, limit + 1, self._rows, self._indices())
+        way = select if self._has_kinds() else plain
+        with self._looking() as fetch:
+            rows = way(_COLUMNS, asked, sort, descending, after, limit + 1, fetch)
         entries = tuple(_entry(row) for row in rows[:limit])
         by = "rowid" if sort == "added" else sort
         last = Cursor(getattr(entries[-1], by), entries[-1].rowid) if entries else after
@@ -279,9 +285,12 @@ class StoreReader:
 
     def finished(self, step: int, stage: str, split: str | None = None) -> list[str]:
         """The ids of a step's stored trajectories that can be loaded whole (`store.tokens` kept them), sorted."""
+        among = ""
+        if self._has_kinds():  # step by step within each kind
+            among = "kind IN (SELECT kind FROM kinds WHERE stage = ?2 AND latest AND ifnull(split = ?3, 1)) AND "
         rows = self._rows(
             "SELECT id, tokens_segment, tokens_offset FROM trajectories "
-            "WHERE step = ?1 AND stage = ?2 AND latest AND ifnull(split = ?3, 1) ORDER BY id",
+            f"WHERE {among}step = ?1 AND stage = ?2 AND latest AND ifnull(split = ?3, 1) ORDER BY id",
             step,
             stage,
             split,
@@ -305,40 +314,44 @@ class StoreReader:
 
     def count(self, *, all_attempts: bool = False) -> int:
         """How many trajectories are stored, without attempts that were superseded unless asked."""
-        ((n,),) = self._rows(f"SELECT COUNT(*) FROM trajectories{'' if all_attempts else ' WHERE latest'}")
+        if self._has_kinds():
+            ((n,),) = self._rows(f"SELECT ifnull(SUM(n), 0) FROM kinds{'' if all_attempts else ' WHERE latest'}")
+        else:
+            ((n,),) = self._rows(f"SELECT COUNT(*) FROM trajectories{'' if all_attempts else ' WHERE latest'}")
         return int(n)
 
     def facets(self) -> dict[str, Any]:
         """What lists can be filtered by: {stages, splits, outcomes: {text: count}, steps: {stage: [min, max]},
         sources, envs}. Superseded attempts count, too.
         """
-        outcomes = self._rows("SELECT outcome, why, COUNT(*) FROM trajectories GROUP BY outcome, why")
-        stages = self._distinct("stage")
-        steps = {}
-        for stage in stages:
-            ends = [
-                self._rows(f"SELECT {end}(step) FROM trajectories WHERE stage = ?", stage)[0][0]
-                for end in ("MIN", "MAX")
-            ]
-            steps[stage] = ends
+        table = "kinds WHERE n > 0" if self._has_kinds() else "(SELECT *, 1 AS n FROM trajectories) WHERE 1"
+        outcomes = self._rows(f"SELECT outcome, why, SUM(n) FROM {table} GROUP BY outcome, why")
+
+        def values(column: str) -> list[str]:
+            return [value for (value,) in self._rows(f"SELECT DISTINCT {column} FROM {table} ORDER BY {column}")]
+
+        stages = values("stage")
         return {
             "stages": stages,
-            "splits": self._distinct("split"),
+            "splits": values("split"),
             "outcomes": {f"{kind}({why})" if why else str(kind): count for kind, why, count in outcomes},
-            "steps": steps,
-            "sources": self._distinct("source"),
-            "envs": self._distinct("env"),
+            "steps": {stage: self._steps(stage) for stage in stages},
+            "sources": values("source"),
+            "envs": values("env"),
         }
 
-    def _distinct(self, column: str) -> list[str]:
-        """The different values of an indexed column, each found by one step down the index."""
-        found: list[str] = []
-        while True:
-            clause = f"WHERE {column} > ?" if found else ""
-            rows = self._rows(f"SELECT {column} FROM trajectories {clause} ORDER BY {column} LIMIT 1", *found[-1:])
-            if not rows:
-                return found
-            found.append(rows[0][0])
+    def _steps(self, stage: str) -> list[int]:
+        """The first and the last step of a stage."""
+        if not self._has_kinds():
+            return list(self._rows("SELECT MIN(step), MAX(step) FROM trajectories WHERE stage = ?", stage)[0])
+        ends = [
+            [step for (step,) in self._rows(
+                f"SELECT (SELECT {end}(step) FROM trajectories AS t WHERE t.kind = kinds.kind) FROM kinds "
+                "WHERE stage = ? AND n > 0", stage,
+            )]
+            for end in ("MIN", "MAX")
+        ]  # fmt: skip
+        return [min(ends[0]), max(ends[1])]
 
     def extents(self) -> dict[str, int]:
         """Up to which byte the index knows each segment."""
@@ -363,31 +376,40 @@ class StoreReader:
 
     def picture(self, sha256: str) -> Image:
         """A stored picture. Raises `KeyError` where there is none, `DamagedFrame` where its bytes are other ones."""
-        path = self.image(sha256)
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise DamagedFrame(f"{path} is not the picture that was stored; restore it from a copy")
+        path, data = self._picture(sha256)
         return Image(data, _MIMES[path.suffix])
 
     def image(self, sha256: str) -> Path:
-        """The file of a stored picture, unread. Raises `KeyError` where there is none."""
+        """The file of a stored picture. Raises `KeyError` where there is none that has this hash."""
+        try:
+            return self._picture(sha256)[0]
+        except DamagedFrame as error:
+            raise KeyError(str(error)) from error
+
+    def _picture(self, sha256: str) -> tuple[Path, bytes]:
+        """A picture's file and its bytes. A link is none: the store writes files, and a link may lead anywhere."""
         media = self._run_dir / "media"
         if re.fullmatch("[0-9a-f]{64}", sha256):
-            for suffix in _MIMES:
-                if (path := media / f"{sha256}{suffix}").is_file():
-                    return path
-        raise KeyError(f"no picture {sha256!r} in {self._run_dir / 'media'}")
+            for path in (media / f"{sha256}{suffix}" for suffix in _MIMES):
+                data = _bytes_of(path)
+                if data is None:
+                    continue
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise DamagedFrame(f"{path} is not the picture that was stored; restore it from a copy")
+                return path, data
+        raise KeyError(f"no picture {sha256!r} in {media}")
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What this reader cannot see, in a sentence each."""
+        return self._pool.problems
 
     def close(self) -> None:
-        """Close connections and files, of every thread. Idempotent."""
+        """Let go of connections and files; what another thread reads at this moment comes to its end. Idempotent."""
+        self._pool.close()
         with self._lock:
-            for connection in self._connections:
-                connection.close()
-            for fd in self._files.values():
-                os.close(fd)
-            self._connections.clear()
-            self._files.clear()
-        self._local = threading.local()
+            self._closed = True
+        self._forget()
 
     def __enter__(self) -> StoreReader:
         return self
@@ -397,39 +419,49 @@ class StoreReader:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _db(self) -> sqlite3.Connection:
-        if not hasattr(self._local, "connection"):
-            self._local.connection = index.connect_reader(self._run_dir)
-            with self._lock:
-                self._connections.append(self._local.connection)
-        connection: sqlite3.Connection = self._local.connection
-        return connection
+    def _forget(self) -> None:
+        """Nothing that was read stands any more."""
+        with self._lock:
+            self._files.clear()
+            self._format = None
 
-    def _indices(self) -> frozenset[str]:
-        """The indices of this store; one of an earlier format lacks some, and its lists take longer."""
-        if self._known_indices is None:
-            self._known_indices = frozenset(
-                name for (name,) in self._rows("SELECT name FROM sqlite_master WHERE type = 'index'")
-            )
-        return self._known_indices
+    @contextmanager
+    def _looking(self) -> Iterator[Fetch]:
+        """Queries to the index as it stands at one moment."""
+        try:
+            with self._pool.borrowed() as connection:
+                connection.execute("BEGIN")
+                yield lambda query, *values: connection.execute(query, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise index.index_failed(self._run_dir / index.NAME, error) from error
+
+    def _has_kinds(self) -> bool:
+        if self._format is None:
+            self._format = self.format
+        return self._format >= 3
 
     def _rows(self, query: str, *values: object) -> list[Any]:
         try:
-            return self._db().execute(query, values).fetchall()
+            with self._pool.borrowed() as connection:
+                return connection.execute(query, values).fetchall()
         except sqlite3.DatabaseError as error:
             raise index.index_failed(self._run_dir / index.NAME, error) from error
 
     def _frame(self, segment: str, offset: int, length: int) -> Frame:
         with self._lock:
-            fd = self._files.get(segment)
-            if fd is None:
+            file = self._files.pop(segment, None)
+            if file is None:
                 try:
-                    fd = self._files[segment] = os.open(self._folder / segment, os.O_RDONLY)
+                    file = _File(self._folder / segment)
                 except FileNotFoundError:
                     if not segment.endswith(".bin"):  # token arrays that `last_k` dropped
                         raise
                     raise DamagedFrame(f"{self._folder / segment} is missing; restore it from a copy") from None
-        frame = parse(os.pread(fd, length, offset))
+            if not self._closed:
+                self._files[segment] = file  # the last one used stands last
+                if len(self._files) > _OPEN:
+                    del self._files[next(iter(self._files))]
+        frame = parse(os.pread(file.fd, length, offset))
         if frame is None:
             raise DamagedFrame(f"{self._folder / segment} is damaged at byte {offset}; restore it from a copy")
         return frame
@@ -465,11 +497,33 @@ class StoreReader:
         return spans_of(table, frame.body, sizes, resolve)
 
 
+class _File:
+    """A segment opened for reading; it is closed when the last thread that reads it lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.fd = -1
+        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
 def _entry(row: Sequence[Any]) -> Entry:
     values = list(row)
     for at in _FLAGS:
         values[at] = None if values[at] is None else bool(values[at])
     return Entry(*values)
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    """What a plain file holds, None where there is none; links are not followed, pipes are not waited for."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with os.fdopen(fd, "rb") as file:
+        return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
 
 
 def _which(id: str, attempt: int | None) -> tuple[str, tuple[object, ...]]:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import sqlite3
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from agentrl.errors import UsageError
-from agentrl.store import index, text
-from agentrl.store.frames import Frame, Kind, parse, scan, unpack
+from agentrl.store import index, kinds, text
+from agentrl.store.frames import Frame, Kind, holds, parse, scan, unpack
 from agentrl.store.segments import number_of, open_locked, take_over
 
 _BATCH = 1000
-# Where another writer's later attempt was indexed first; an earlier one was superseded as it came.
-_LATEST = """
-UPDATE trajectories SET latest = 0
-WHERE id = ?1 AND attempt < (SELECT MAX(attempt) FROM trajectories WHERE id = ?1) AND latest
+# Of the frames of one segment; a token segment's arrays are not searched.
+_PLACES = """
+stage, step, segment, offset, length, read_offset, read_length,
+CASE WHEN tokens_segment = '' THEN tokens_offset ELSE -1 END, tokens_length
 """
 _NOTHING = b"\x90"  # an empty list: the observations of a trajectory without turns
 
@@ -26,18 +27,19 @@ _NOTHING = b"\x90"  # an empty list: the observations of a trajectory without tu
 class Indexer:
     """Puts the frames of segments into an index, within the caller's transaction.
 
-    What is indexed already stays as it is. A prompt's words may stand in the segment of another writer: such
-    texts wait until `finish`. What a prompt shares with a trajectory that was indexed before is looked up in `folder`.
+    What is indexed already stays as it is. A prompt's words may stand in the segment of another writer, which may come
+    `later`: such texts wait until `finish` and are read again then, so that memory does not grow with them. What a
+    prompt shares with a trajectory that was indexed before is looked up in `folder`.
     """
 
-    def __init__(self, connection: sqlite3.Connection, folder: Path) -> None:
-        self._db, self._folder = connection, folder
+    def __init__(self, connection: sqlite3.Connection, folder: Path, *, later: bool = False) -> None:
+        self._db, self._folder, self._later = connection, folder, later
         self._rows: list[tuple[Any, ...]] = []
         self._texts: list[_Text] = []
         self._credit: list[tuple[Any, ...]] = []
         self._pieces: list[tuple[int, str]] = []
         self._known = dict(connection.execute("SELECT token, piece FROM pieces"))
-        self._waiting: list[tuple[int, _Text]] = []
+        self._waiting = array("q")  # row ids
 
     def segment(self, segment: Path, start: int = 0, frames: Iterable[Frame] | None = None) -> int:
         """Index the frames of `segment` from byte `start` on; return where its last sound frame ends.
@@ -83,24 +85,44 @@ class Indexer:
             if not self._db.execute("SELECT 1 FROM trajectories WHERE id = ? AND attempt = ?", row[:2]).fetchone()
         ]
         first = index.insert(self._db, trajectories=[row for row, _ in fresh], credit=self._credit, pieces=self._pieces)
-        for row, _ in fresh:
-            self._db.execute(_LATEST, row[:1])
-        self._waiting += [(first + i, said) for i, (_, said) in enumerate(fresh)]
-        ready = [item for item in self._waiting if item[1].prompt <= self._known.keys()]
-        self._waiting = [item for item in self._waiting if not item[1].prompt <= self._known.keys()]
+        kinds.supersede(self._db, [row[0] for row, _ in fresh])  # by a later attempt that was indexed first
+        ready = []
+        for rowid, (_, said) in enumerate(fresh, first):
+            if self._later and not said.prompt <= self._known.keys():
+                self._waiting.append(rowid)
+            else:
+                ready.append((rowid, said))
         self._search(ready)
         for rows in (self._rows, self._texts, self._credit, self._pieces):
             rows.clear()
 
     def finish(self) -> None:
-        """Nothing comes any more."""
-        self._search(self._waiting)
-        self._waiting = []
+        """Nothing comes any more: the texts that waited for words get those that came."""
+        prompts: text.Known = {}
+        moment: Any = None
+        for rowid in self._waiting:
+            row = self._db.execute(f"SELECT {_PLACES} FROM trajectories WHERE rowid = ?", (rowid,)).fetchone()
+            stage, step, segment, *places = row
+            if moment != (segment, stage, step):
+                moment = (segment, stage, step)
+                prompts.clear()
+            head, read, tokens = (
+                self._frame(segment, *places[i : i + 2]) if places[i] >= 0 else None for i in (0, 2, 4)
+            )
+            if head is not None:
+                self._search([(rowid, self._text(head, read, tokens, prompts))])
+        del self._waiting[:]
+
+    def _frame(self, segment: str, offset: int, length: int) -> Frame | None:
+        with (self._folder / segment).open("rb") as file:
+            return parse(os.pread(file.fileno(), length, offset))
 
     def _search(self, texts: list[tuple[int, _Text]]) -> None:
-        for token in {token for _, said in texts for token in said.ids if token not in self._known}:
-            for (piece,) in self._db.execute("SELECT piece FROM pieces WHERE token = ?", (token,)):
-                self._known[token] = piece  # another writer's, since this was made
+        missing = {token for _, said in texts for token in said.ids if token not in self._known}
+        if missing and self._db.execute("SELECT 1 FROM pieces LIMIT 1").fetchone():
+            for token in missing:
+                for (piece,) in self._db.execute("SELECT piece FROM pieces WHERE token = ?", (token,)):
+                    self._known[token] = piece  # another writer's, since this was made
         self._db.executemany(index.INSERT_TEXT, [(rowid, said.text(self._known)) for rowid, said in texts])
 
     def _text(self, frame: Frame, read: Frame | None, tokens: Frame | None, prompts: text.Known) -> _Text:
@@ -123,8 +145,7 @@ class Indexer:
         ):
             if elsewhere or offset < 0 or not (self._folder / name).is_file():
                 continue
-            with (self._folder / name).open("rb") as file:
-                frame = parse(os.pread(file.fileno(), length, offset))
+            frame = self._frame(name, offset, length)
             if frame is not None:
                 text.learn(_table(frame), frame.body, owner, prompts)
 
@@ -182,7 +203,8 @@ def rebuild(run_dir: Path) -> int:
         _remove(fresh)
         connection = index.connect(run_dir, name=fresh.name)
         connection.execute("BEGIN IMMEDIATE")
-        indexer = Indexer(connection, run_dir / "seg")
+        later = any(holds(segment, Kind.PIECES) for segment in segments)  # else there are no words to wait for
+        indexer = Indexer(connection, run_dir / "seg", later=later)
         for segment in segments:
             indexer.segment(segment)
         indexer.finish()

@@ -56,6 +56,7 @@ def _look(path: Path) -> Run:
     try:
         with StoreReader(path) as reader:
             episodes, stages = reader.count(), tuple(reader.facets()["stages"])
+            problems += reader.problems
     except AgentRLError as error:
         problems.append(str(error))
     if not (path / "config.resolved.yaml").is_file():

@@ -25,12 +25,13 @@ from bench_store import episode
 from machine import describe
 from starlette.testclient import TestClient
 
-from agentrl.store import EpisodeKey, StoreWriter, index
+from agentrl.store import EpisodeKey, StoreReader, StoreWriter, index
 from agentrl.viewer.app import make_app
 from agentrl.viewer.live import Watch
 from agentrl.viewer.runs import Run
 
 VOCABULARY = 30_000
+EARLY = 195  # steps whose rewards are low
 QUERIES: dict[str, dict[str, Any]] = {
     "newest": {"desc": 1},
     "oldest of a stage": {"stage": "rl-eval"},
@@ -42,6 +43,11 @@ QUERIES: dict[str, dict[str, Any]] = {
     "by tokens, successes from step 10": {"sort": "n_tokens", "success": 1, "step_min": 10},
     "by seconds, rare stage": {"sort": "seconds", "stage": "rl-eval", "desc": 1},
     "by reward, errors only": {"sort": "reward", "errors": 1},
+    "by reward, cut off and won": {"sort": "reward", "success": 1, "outcome": "truncated", "desc": 1},
+    "by seconds, done and lost": {"sort": "seconds", "success": 0, "outcome": "completed"},
+    "by reward, a reason that is absent": {"sort": "reward", "why": "deadline", "desc": 1},
+    "by cost, high rewards of early steps": {"sort": "tool_cost", "reward_min": 0.85, "step_max": EARLY - 1},
+    "late, some reward": {"reward_min": 0.2, "step_min": 3500},
     "a task": {"task": "t17"},
     "search, a rare word": {"q": "w29000"},
     "search, a common word": {"q": "w3"},
@@ -72,12 +78,14 @@ def indexed(folder: Path, n: int) -> float:
             step, task = at // 256, at % 997
             stage = "rl-eval" if luck[i] < 0.02 else "rl"
             failed = luck[i] > 0.9995
+            earned = float(reward[i]) * (0.8 if step < EARLY else 1.0)
+            ending = ("failed", "policy") if failed else ("completed", None) if earned > 0.4 else ("truncated", "turns")
             rows.append(
                 (
                     f"{stage}-{step}/t{task}/{at}", 0, stage, step, "test" if stage == "rl-eval" else "train",
                     f"{stage}-{step}/t{task}", f"t{task}", "e65d0d125a2026f2", "policy", None,
-                    "failed" if failed else "completed", "policy" if failed else None, float(reward[i]),
-                    bool(reward[i] > 0.4), int(calls[i]) + 1, int(calls[i]), int(tokens[i]), int(luck[i] > 0.99),
+                    *ending, earned,
+                    earned > 0.4, int(calls[i]) + 1, int(calls[i]), int(tokens[i]), int(luck[i] > 0.99),
                     float(calls[i]), 0.0, float(seconds[i]), "", -1, 0, 0, 0, "main-0.bin", 0, 0,
                 )
             )  # fmt: skip
@@ -124,9 +132,14 @@ def pages(folder: Path, repeats: int, queries: dict[str, dict[str, Any]]) -> dic
             out[name] = {
                 "median_ms": statistics.median(times), "worst_ms": max(times), "next_ms": second, "rows": float(rows),
             }  # fmt: skip
-        begun = time.perf_counter()
-        client.get("/api/facets", params={"run": "r0"})
-        out["facets, first time"] = {"median_ms": 1e3 * (time.perf_counter() - begun)}
+    with StoreReader(folder) as reader:
+        for name, ask in (("count", reader.count), ("facets", reader.facets)):
+            times = []
+            for _ in range(repeats):
+                begun = time.perf_counter()
+                ask()
+                times.append(1e3 * (time.perf_counter() - begun))
+            out[name] = {"median_ms": statistics.median(times), "worst_ms": max(times)}
     return out
 
 

@@ -30,9 +30,10 @@ Said = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def record(tmp_path: Path, arch: dict[str, Any]) -> Record:
-    """`record(env, n, **keys)`: a run folder that holds `n` demonstrations, played like those of a supervised stage."""
+    """`record(env, n, pieces=…, **keys)`: a run folder that holds `n` demonstrations, played like those of a supervised
+    stage, with the words of its tokens or without."""
 
-    def make(env: str | dict[str, Any], n: int = 4, name: str = "run", **keys: Any) -> Path:
+    def make(env: str | dict[str, Any], n: int = 4, name: str = "run", pieces: bool = False, **keys: Any) -> Path:
         config = parse(
             {
                 "name": name,
@@ -45,17 +46,18 @@ def record(tmp_path: Path, arch: dict[str, Any]) -> Record:
             | keys
         )
         with RunFolder.create(tmp_path / name, as_text(config), config_version=SCHEMA_VERSION) as folder:
-            asyncio.run(_play(config, folder.path, n))
+            asyncio.run(_play(config, folder.path, n, pieces))
         return tmp_path / name
 
     return make
 
 
-async def _play(config: Config, folder: Path, n: int) -> None:
+async def _play(config: Config, folder: Path, n: int, pieces: bool) -> None:
     env = make_env(config)
     await env.prepare()
-    with StoreWriter(folder) as writer:
-        chat = make_chat(config, bootstrap_tokenizer(ScratchTokenizer()))
+    chat = make_chat(config, bootstrap_tokenizer(ScratchTokenizer()))
+    words = (lambda ids: [str(chat.tokenizer.decode([int(i)])) for i in ids]) if pieces else None
+    with StoreWriter(folder, pieces=words) as writer:
         manager, tasks = make_manager(config, env, writer), take(env, n, seed=config.seed)
         context = next((stage.context for stage in config.stages if isinstance(stage, RLStage)), None)
         groups = await demonstrate(manager, chat, tasks, stage="sft", context=context)

@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +15,9 @@ from typing import Any
 import pytest
 
 import agentrl
+from agentrl import Obs
 from agentrl.errors import UsageError
+from agentrl.rollout import opening
 from agentrl.sandboxes import backend
 from agentrl.store import StoreReader
 
@@ -230,6 +233,51 @@ def test_programs_run_again_in_a_fresh_sandbox(record: Any) -> None:
     report = agentrl.replay(run)
     assert report.counts["same"] == 4 and report.counts["calls"] > 0
     assert agentrl.rescore(run, keep=False).how == {"record": 4}
+
+
+def _rewritten(module: ModuleType, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """The environment with another prompt, or another first observation; calls and scores stay as they were."""
+    if what == "prompt":
+        posed = module.Wayward.tasks
+
+        def tasks(self: Any, split: str, seed: int) -> Any:
+            return (replace(task, prompt=f"Another {task.prompt}") for task in posed(self, split, seed))
+
+        monkeypatch.setattr(module.Wayward, "tasks", tasks)
+        return
+
+    def reset(self: Any, task: Any, rng: Any) -> Obs:
+        shown = begun(self, task, rng)
+        return Obs(f"Other rules. {shown.content}")
+
+    begun = module.Wayward.reset
+    monkeypatch.setattr(module.Wayward, "reset", reset)
+
+
+@pytest.mark.parametrize("what", ["prompt", "observation"])
+@pytest.mark.parametrize("older", [False, True], ids=["with its hashes", "with its words alone"])
+def test_another_prompt_or_first_observation_is_a_divergence(
+    what: str, older: bool, record: Any, said: Any, wayward: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as before:
+        if older:
+            before.setattr(opening, "KEY", "something else")
+        run = record(SPEC, 3, pieces=older)
+    assert agentrl.replay(run).counts["same"] == 3
+    _rewritten(wayward, monkeypatch, what)
+    code, text = said("replay", run)
+    assert code == 1 and f"first divergence: sft-0-demo/train0/0, reset: {what}" in text, text
+    assert ("now Another Question 0" if what == "prompt" else "now Other rules. Luck") in text
+    assert agentrl.replay(run).counts["diverged"] == 3
+
+
+def test_a_prompt_that_was_not_compared_is_said(record: Any, said: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as before:
+        before.setattr(opening, "KEY", "something else")  # a record of before, and no words of its tokens
+        run = record(SPEC, 3)
+    code, text = said("replay", run)
+    assert code == 0 and "3 × the prompt was not compared" in text
+    assert agentrl.replay(run).counts["partly"] == 3
 
 
 PRICES = '''

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -108,6 +109,35 @@ def test_a_policy_goes_on_after_a_persons_words(trained: Path, parent: Trajector
     assert branch.source == "policy"
     (row,) = rows_of(branch)
     assert set(row.turns.tolist()) == {0, *range(2, len(branch.turns))}, "what a person said is not trained"
+
+
+@pytest.fixture
+def secretive(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run one of whose settings came from the surroundings, as the loader keeps it."""
+    run = tmp_path / "secretive"
+    shutil.copytree(trained, run)
+    text = (run / "config.resolved.yaml").read_text()
+    (run / "config.resolved.yaml").write_text(text.replace("name: small\n", "name: ${env:QUIET}\n"))
+    monkeypatch.setenv("QUIET", "hunter2-hunter2")
+    return run
+
+
+@pytest.mark.parametrize("model", [False, True], ids=["the run's own", "a folder"])
+def test_what_stood_in_the_surroundings_is_not_written_down(
+    secretive: Path, parent: Trajectory, tmp_path: Path, model: bool
+) -> None:
+    given: dict[str, Any] = {"model": agentrl.export(secretive, tmp_path / "hf")} if model else {"say": "hello"}
+    agentrl.fork(secretive, parent.id, turn=1, out=tmp_path / "branch", **given)
+    written = (tmp_path / "branch" / "config.resolved.yaml").read_text()
+    assert "name: ${env:QUIET}" in written and "hunter2" not in written
+    assert (str(tmp_path / "hf") in written) is model
+    assert agentrl.replay(tmp_path / "branch").counts["same"] == 2
+
+
+def test_a_recording_writes_no_secret_either(secretive: Path, tmp_path: Path) -> None:
+    agentrl.rollout(secretive, out=tmp_path / "played", checkpoint="last", n=1)
+    written = (tmp_path / "played" / "config.resolved.yaml").read_text()
+    assert "name: ${env:QUIET}" in written and "hunter2" not in written
 
 
 def test_a_model_folder_goes_on(trained: Path, parent: Trajectory, tmp_path: Path) -> None:

@@ -107,3 +107,13 @@ def test_a_whole_run_keeps_its_scores(trained: Path, said: Any) -> None:
     assert code == 0 and [line["id"] for line in episodes] == [entry.id for entry in entries]
     assert all(line["new"] == line["old"] for line in episodes)
     assert Path(lines[-1]["file"]).parent == trained / "rescored"
+
+
+def test_what_was_not_compared_is_not_claimed(record: Any, said: Any) -> None:
+    run = record({"id": SPEC, "options": {"reads": "global", "kind": "count"}}, 4)  # acted out, it goes another way
+    for words in ((), ("--tools", "recorded")):
+        code, text = said("replay", run, "--rescore", *words)
+        assert code == 0 and "all that score reads" not in text
+        assert "4 scored from the record; not compared with a live episode (globals, files and clocks are not" in text
+    code, text = said("replay", record(SPEC, 4, name="sound"), "--rescore")
+    assert "4 scored from the record, which is all that score reads; 3 were acted out besides" in text

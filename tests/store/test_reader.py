@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from agentrl.errors import UsageError
-from agentrl.store import DamagedFrame, Entry, Page, StoreReader, StoreWriter, index
+from agentrl.store import SORTS, DamagedFrame, Entry, Filter, Page, StoreReader, StoreWriter, index, query
+from agentrl.store import reader as reading
 
 CHILD = Path(__file__).with_name("writing_child.py")
 
@@ -106,16 +107,29 @@ def test_a_list_goes_on_where_it_ended(tmp_path: Path, records: ModuleType) -> N
         assert reader.trajectories(after=page.last) == Page((), None, page.last)
 
 
-def test_a_large_list_is_paged_through_an_index(mixed: Path) -> None:
+def test_a_large_list_is_paged_through_an_index(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query, "MANY", 1)
+    asked: list[tuple[str, tuple[object, ...]]] = []
+    select = query.select
+
+    def noted(*given: Any) -> Any:
+        *rest, fetch = given
+        return select(*rest, lambda sql, *values: (asked.append((sql, values)), fetch(sql, *values))[1])
+
+    monkeypatch.setattr(reading, "select", noted)
+    with StoreReader(mixed) as reader:
+        for sort in SORTS:
+            for found in (Filter(), Filter(stage="rl", success=True), Filter(reward_min=0.0, step_min=1)):
+                for descending in (False, True):
+                    page = reader.query(found, sort=sort, descending=descending, limit=3)
+                    reader.query(found, sort=sort, descending=descending, after=page.last, limit=3)
+    walks = [each for each in asked if "INDEXED BY" in each[0]]
+    assert len(walks) > 40
     with sqlite3.connect(mixed / index.NAME) as database:
-        for query in (
-            "env = 'x' AND (reward, rowid) > (0.5, 3) AND reward IS NOT NULL AND latest ORDER BY reward, rowid",
-            "reward IS NOT NULL AND latest AND (reward, rowid) < (0.5, 3) ORDER BY reward DESC, rowid DESC",
-            "step = 3 AND latest AND rowid > 4 ORDER BY rowid",
-            "+env = 'x' AND latest AND rowid > 4 ORDER BY rowid",
-        ):
-            plan = database.execute(f"EXPLAIN QUERY PLAN SELECT * FROM trajectories WHERE {query} LIMIT 100").fetchall()
-            assert not any("B-TREE" in row[3] for row in plan), plan
+        for sql, values in walks:
+            plan = [row[3] for row in database.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+            assert any("COVERING INDEX" in row for row in plan), (sql, plan)
+            assert not any("B-TREE" in row for row in plan), (sql, plan)
 
 
 def test_the_latest_attempt_supersedes_and_nothing_is_deleted(tmp_path: Path, records: ModuleType) -> None:

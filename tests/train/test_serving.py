@@ -13,7 +13,7 @@ from agentrl.config import Config, parse
 from agentrl.console import make_reporter
 from agentrl.env import Env
 from agentrl.errors import RunFailed, UsageError
-from agentrl.loader import ConfigError, load
+from agentrl.loader import ConfigError, as_text, load
 from agentrl.store import RunFolder
 from agentrl.train.evaluation import check_played, why_missing
 from agentrl.train.parts import make_env
@@ -122,6 +122,8 @@ stages: [{{type: rl, steps: 1, optimizer: {{lr: 0.001}}}}]
     again = tmp_path / "config.resolved.yaml"
     again.write_text(loaded.yaml)
     assert load([again]).config == loaded.config
+    again.write_text(as_text(loaded.config))  # made in Python: it does not say where the secret came from
+    assert load([again]).config.engine.api_key is None and "s3cret" not in again.read_text()
     file.write_text(text.replace("KEY", "s3cret"))
     with pytest.raises(ConfigError, match=r"run.yaml:4: engine.api_key is a secret.*\$\{env:API_KEY\}") as raised:
         load([file])
