@@ -9,6 +9,7 @@ from agentrl.store.codec import TokensNotKept
 from agentrl.store.credit import Credit
 from agentrl.store.export import as_json, export_jsonl
 from agentrl.store.frames import DamagedFrame
+from agentrl.store.journal import Flight
 from agentrl.store.key import EpisodeKey
 from agentrl.store.query import SORTS, Filter, Sort
 from agentrl.store.reader import Cursor, Entry, Page, StoreReader
@@ -24,6 +25,7 @@ __all__ = [
     "Entry",
     "EpisodeKey",
     "Filter",
+    "Flight",
     "Page",
     "RunFolder",
     "RunInfo",

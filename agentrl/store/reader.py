@@ -16,7 +16,7 @@ from agentrl.store import index
 from agentrl.store.codec import TokensNotKept, spans_of, trajectory_in
 from agentrl.store.credit import Credit, credit_in
 from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
-from agentrl.store.journal import read_journals
+from agentrl.store.journal import Flight, read_flight, read_journals
 from agentrl.store.key import EpisodeKey
 from agentrl.store.query import Filter, Sort, select
 from agentrl.trajectory import Span, Trajectory, Turn
@@ -206,6 +206,12 @@ class StoreReader:
             for key, turns in sorted(found.items(), key=lambda item: item[0].id)
             if key.attempt == latest[key.id] > stored[key.id]
         }
+
+    def flight(self, id: str) -> Flight | None:
+        """One episode of `inflight`, with the text of tokens that were never stored yet; None where it is not among
+        them."""
+        found = read_flight(self._folder, id)
+        return found if found is not None and found.key.attempt > self.attempt(id) else None
 
     def finished(self, step: int, stage: str, split: str | None = None) -> list[str]:
         """The ids of a step's stored trajectories that can be loaded whole (`store.tokens` kept them), sorted."""

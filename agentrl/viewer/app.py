@@ -27,8 +27,9 @@ from starlette.types import ASGIApp
 
 import agentrl
 from agentrl.errors import AgentRLError, UsageError
-from agentrl.store import SORTS, Cursor, Entry, Filter, Sort, StoreReader
+from agentrl.store import SORTS, Cursor, Entry, Filter, Flight, Sort, StoreReader
 from agentrl.store.export import export_one
+from agentrl.trajectory import Outcome, Trajectory
 from agentrl.viewer import live, pages, rows
 from agentrl.viewer.answers import Files, Json, refusal
 from agentrl.viewer.explain import explain
@@ -174,22 +175,25 @@ def get_trajectory(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
 
 def get_inflight(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     """An episode that is still at play, as far as it has come."""
-    from agentrl.trajectory import Outcome, Trajectory
-
-    reader = viewer.reader(asked["run"])
-    for key, turns in reader.inflight().items():
-        if key.id == asked["id"]:
-            trajectory = Trajectory(key.id, key.group_id, key.task_id, tuple(turns), Outcome("completed"), 0)
-            view = rows.view_of(trajectory)
-            pieces = reader.pieces(view.ids.tolist()) if view is not None else {}
-            page = pages.trajectory_json(trajectory, view, pieces)
-            return {**page, "outcome": None, "entry": live.flight_json(key, turns), "credit": [], "live": True}
-    raise BadRequest(f"no episode {asked['id'][:80]!r} is in flight", 404)
+    reader, flight = _flight(viewer, asked)
+    trajectory = _unfinished(flight)
+    view = rows.view_of(trajectory)
+    page = pages.trajectory_json(trajectory, view, _pieces(reader, flight, view))
+    return {**page, "outcome": None, "entry": live.entry_of(flight), "credit": [], "live": True}
 
 
 def get_tokens(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
-    reader, entry = viewer.entry(asked)
-    trajectory = pages.load(reader, entry.id, entry.attempt)
+    """The arrays of a stored trajectory, or of an episode that is still at play."""
+    credit, known = None, {}
+    try:
+        reader, entry = viewer.entry(asked)
+        trajectory = pages.load(reader, entry.id, entry.attempt)
+        credit = _credit(reader, entry, asked["step"])
+    except BadRequest as error:
+        if error.status != 404 or asked["attempt"] is not None:
+            raise
+        reader, flight = _flight(viewer, asked)
+        trajectory, known = _unfinished(flight), flight.pieces
     view = rows.view_of(trajectory)
     if view is None:
         raise BadRequest("the tokens of this trajectory were not kept (store.tokens), or it has none", 404)
@@ -200,10 +204,27 @@ def get_tokens(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
             raise BadRequest(f"turn is all, or a number from 0 to {len(trajectory.turns) - 1}")
         number = int(turn)
         span = (view.outputs[number - 1][1] if number else 0, view.outputs[number][1])
-    credit = _credit(reader, entry, asked["step"])
-    pieces = reader.pieces(view.ids[span[0] : span[1]].tolist())
+    pieces = {**known, **reader.pieces(view.ids[span[0] : span[1]].tolist())}
     body = rows.packed(view, rows.arrays_of(view, credit), pieces, span)
     return Response(body, media_type=BINARY)
+
+
+def _flight(viewer: Viewer, asked: Mapping[str, Any]) -> tuple[StoreReader, Flight]:
+    reader = viewer.reader(asked["run"])
+    found = reader.flight(asked["id"])
+    if found is None:
+        raise BadRequest(f"no trajectory {asked['id'][:200]!r} is stored or in flight", 404)
+    return reader, found
+
+
+def _unfinished(flight: Flight) -> Trajectory:
+    """A flight as a trajectory; its outcome says nothing yet."""
+    key = flight.key
+    return Trajectory(key.id, key.group_id, key.task_id, tuple(flight.turns), Outcome("completed"), 0)
+
+
+def _pieces(reader: StoreReader, flight: Flight, view: rows.View | None) -> dict[int, str]:
+    return {} if view is None else {**flight.pieces, **reader.pieces(view.ids.tolist())}
 
 
 def get_group(viewer: Viewer, asked: Mapping[str, Any]) -> Any:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from agentrl.errors import AgentRLError
-from agentrl.store import Cursor, EpisodeKey
+from agentrl.store import Cursor, EpisodeKey, Flight
 from agentrl.trajectory import Turn
 from agentrl.viewer.pages import entry_json
 from agentrl.viewer.runs import Run
@@ -37,6 +37,8 @@ class Watch:
     def look(self) -> list[tuple[str, dict[str, Any]]]:
         """The events since the last look. Reads files: call it in a thread."""
         events: list[tuple[str, dict[str, Any]]] = []
+        if self._status is None:
+            self._line = min(self._line, self._run.lines())  # who asks from beyond the end wants what comes from now on
         lines, damaged = self._run.metrics(self._line)
         if len(lines) + damaged:
             self._line += len(lines) + damaged
@@ -106,6 +108,23 @@ def flight_json(key: EpisodeKey, turns: list[Turn]) -> dict[str, Any]:
         "doing": f"turn {len(turns) + 1}",
         "said": "" if last is None else last.text[-200:],
         "seconds": sum(turn.seconds for turn in turns),
+    }
+
+
+def entry_of(flight: Flight) -> dict[str, Any]:
+    """The list line of an episode in flight, with what its turns have come to so far."""
+    turns = flight.turns
+    calls = [use.result for turn in turns for use in turn.tools]
+    return {
+        **flight_json(flight.key, turns),
+        "n_turns": len(turns),
+        "n_calls": len(calls),
+        "n_errors": sum(not result.ok for result in calls),
+        "n_tokens": sum(turn.n_sampled for turn in turns),
+        "tool_cost": sum(result.cost for result in calls),
+        "turn_cost": sum(turn.cost for turn in turns),
+        "source": "policy",
+        "latest": True,
     }
 
 

@@ -228,6 +228,13 @@ class Run:
                 damaged += 1
         return lines, damaged
 
+    def lines(self) -> int:
+        """How many whole lines metrics.jsonl has."""
+        try:
+            return (self.folder / METRICS).read_bytes().count(b"\n")
+        except OSError:
+            return 0
+
     def close(self) -> None:
         with self._lock:
             if self._reader is not None:
