@@ -164,6 +164,7 @@ def get_trajectory(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     return {
         "entry": pages.entry_json(entry),
         **pages.trajectory_json(trajectory, view, pieces),
+        "rescored": viewer.run(asked["run"]).rescored.of(entry.id, entry.attempt),
         "attempts": reader.attempts(entry.id),
         "prev": siblings[at - 1] if at > 0 else None,
         "next": siblings[at + 1] if 0 <= at < len(siblings) - 1 else None,
@@ -235,7 +236,10 @@ def get_group(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
 
 
 def get_tree(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
-    found = pages.tree_json(viewer.reader(asked["run"]), asked["group"], asked["step"])
+    reader = viewer.reader(asked["run"])
+    found_forks = viewer.runs.forks(viewer.run(asked["run"]))
+    forks = [(fork.key, source, other) for fork, source in found_forks if (other := fork.reader) is not None]
+    found = pages.tree_json(reader, asked["group"], asked["step"], forks)
     if found is None:
         raise BadRequest(f"there is no group {asked['group'][:80]!r}", 404)
     return found
@@ -244,7 +248,13 @@ def get_tree(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
 def get_diff(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     one, a = viewer.entry(asked, "a")
     other, b = viewer.entry(asked, "b", asked["run_b"])
-    return pages.diff_json(pages.load(one, a.id, a.attempt), pages.load(other, b.id, b.attempt))
+    left, right = pages.load(one, a.id, a.attempt), pages.load(other, b.id, b.attempt)
+    same_words = True
+    if other is not one:
+        ids = pages.words_of(left) | pages.words_of(right)
+        mine, theirs = one.pieces(ids), other.pieces(ids)
+        same_words = all(theirs.get(token, piece) == piece for token, piece in mine.items())
+    return pages.diff_json(left, right, same_words=same_words)
 
 
 def get_explain(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
@@ -492,7 +502,12 @@ def _replay(viewer: Viewer, body: dict[str, Any]) -> tuple[Sequence[str], Path |
     say = body.get("say")
     if say is not None:
         say = say.encode("utf-8", "replace").decode()
-    folder = viewer.run(body["run"]).folder
+    run = viewer.run(body["run"])
+    folder = run.folder
+    if run.read_only:
+        raise BadRequest(
+            f"{folder} is write-protected; copy it to a place that you may write to, and replay there", 409
+        )
     out = viewer.runs.fork_of(folder) if body["mode"] == "fork" else None
     return viewer.replay(folder, entry.id, turn, say, out), out
 

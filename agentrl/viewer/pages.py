@@ -145,7 +145,8 @@ def group_json(reader: StoreReader, group: str, step: int | None, stage: str | N
 
     `shared` counts the tokens (and whole turns) that all of them begin with. `first_divergence` says for
     each where it leaves the last of the siblings that went its way: `turn`, `token` within that turn's
-    output (-1 where it lies in the context before it), `at` in its row of tokens.
+    output (-1 where it lies in the context before it), `at` in its row of tokens; null where it never does, since a
+    sibling begins with all its tokens. `identical` names for each the first sibling with exactly the same tokens.
     """
     credits = reader.credits(group=group, step=step, stage=stage)
     if step is None and credits:
@@ -209,7 +210,20 @@ def group_json(reader: StoreReader, group: str, step: int | None, stage: str | N
             for member, view, at in zip(members, views, splits, strict=True)
             if view is not None and at is not None
         },
+        "identical": alike([None if view is None else view.ids for view in views], [m["id"] for m in members]),
     }
+
+
+def alike(rows: Sequence[Ids | None], names: Sequence[str]) -> dict[str, str]:
+    """For each row that stood there before, token for token: its name and that of the first."""
+    first: dict[bytes, str] = {}
+    out: dict[str, str] = {}
+    for row, name in zip(rows, names, strict=True):
+        if row is not None:
+            earlier = first.setdefault(row.tobytes(), name)
+            if earlier != name:
+                out[name] = earlier
+    return out
 
 
 def load(reader: StoreReader, id: str, attempt: int | None) -> Trajectory:
@@ -220,8 +234,41 @@ def load(reader: StoreReader, id: str, attempt: int | None) -> Trajectory:
         return reader.get(id, attempt, tokens=False)
 
 
-def tree_json(reader: StoreReader, group: str, step: int | None) -> dict[str, Any] | None:
-    """The branches of a group, parents first; `turn` and `token` are where a branch left its parent."""
+def tree_json(
+    reader: StoreReader, group: str, step: int | None, forks: Sequence[tuple[str, str, StoreReader]] = ()
+) -> dict[str, Any] | None:
+    """The branches of a group, parents first; `turn` and `token` are where a branch left its parent.
+
+    `forks` are runs that were forked from this one, sources first: (number, the number of its source or "" for this
+    run, reader). Their branches come in, too, each with its `run`. Two forks of one turn have the same id, so that
+    nodes are told apart by `key`, and `under` is the key of the parent.
+    """
+    nodes: dict[str, dict[str, Any]] = {}
+    for run, source, other in (("", "", reader), *forks):
+        found = _nodes(other, group, step if not run else None)
+        fresh = [node for node in found if not run or f"{source} {node['id']}" not in nodes]  # what was forked is in both
+        here = {node["id"] for node in fresh}
+        for node in fresh:
+            id, parent = node["id"], node["parent"]
+            nodes[f"{run} {id}"] = {
+                **node,
+                "run": run or None,
+                "key": f"{run} {id}",
+                "under": None if parent is None else f"{run if parent in here else source} {parent}",
+            }
+    if not nodes:
+        return None
+
+    def depth(key: str | None) -> int:
+        found = 0
+        while key in nodes and found < len(nodes):
+            key, found = nodes[key]["under"], found + 1
+        return found
+
+    return {"nodes": sorted(nodes.values(), key=lambda node: depth(node["key"]))}
+
+
+def _nodes(reader: StoreReader, group: str, step: int | None) -> list[dict[str, Any]]:
     credits = {c.id: c for c in reader.credits(group=group, step=step)}
     nodes: list[dict[str, Any]] = []
     for entry in reader.trajectories(group=group, limit=1000).entries:
@@ -251,30 +298,22 @@ def tree_json(reader: StoreReader, group: str, step: int | None) -> dict[str, An
                 ],
             }
         )
-    if not nodes:
-        return None
-    parents = {node["id"]: node["parent"] for node in nodes}
-
-    def depth(id: object) -> int:
-        found = 0
-        while parents.get(id) in parents and found < len(parents):
-            id, found = parents[id], found + 1
-        return found
-
-    nodes.sort(key=lambda node: depth(node["id"]))
-    return {"nodes": nodes}
+    return nodes
 
 
 # -- two trajectories --------------------------------------------------------------------------------
 
 
-def diff_json(a: Trajectory, b: Trajectory) -> dict[str, Any]:
-    """Two trajectories turn by turn. `first_token`: the first sampled token of the turn in which they differ."""
+def diff_json(a: Trajectory, b: Trajectory, *, same_words: bool = True) -> dict[str, Any]:
+    """Two trajectories turn by turn. `first_token`: the first token of the turn's output in which they differ.
+
+    Without `same_words` (two runs whose token ids mean different texts) texts are compared, and no token is named.
+    """
     turns = []
     first: dict[str, Any] | None = None
     for index in range(max(len(a.turns), len(b.turns))):
         pair = [t.turns[index] if index < len(t.turns) else None for t in (a, b)]
-        same, token = _same(*pair)
+        same, token = _same(*pair, ids=same_words)
         if not same and first is None:
             first = {"turn": index, "token": token}
         turns.append(
@@ -286,24 +325,34 @@ def diff_json(a: Trajectory, b: Trajectory) -> dict[str, Any]:
                 "first_token": token,
             }
         )
-    return {"turns": turns, "first": first}
+    return {"turns": turns, "first": first, "same_words": same_words}
 
 
-def _same(a: Turn | None, b: Turn | None) -> tuple[bool, int | None]:
+def _same(a: Turn | None, b: Turn | None, *, ids: bool) -> tuple[bool, int | None]:
     if a is None or b is None:
         return False, None
+    if ids and (token := _first_token(a, b)) is not None:
+        return False, token
+    results = [[(use.call.name, use.result.text, use.result.error) for use in turn.tools] for turn in (a, b)]
+    same = a.text == b.text and a.observation == b.observation and results[0] == results[1] and a.reward == b.reward
+    return same, None
+
+
+def _first_token(a: Turn, b: Turn) -> int | None:
     one, other = ([span.ids for span in turn.output] for turn in (a, b))
     left = np.concatenate(one) if one else np.zeros(0, np.int32)
     right = np.concatenate(other) if other else np.zeros(0, np.int32)
     n = min(left.size, right.size)
     differs = np.flatnonzero(left[:n] != right[:n])
     if differs.size:
-        return False, int(differs[0])
-    if left.size != right.size:
-        return False, n
-    results = [[(use.call.name, use.result.text, use.result.error) for use in turn.tools] for turn in (a, b)]
-    same = a.text == b.text and a.observation == b.observation and results[0] == results[1] and a.reward == b.reward
-    return same, None
+        return int(differs[0])
+    return n if left.size != right.size else None
+
+
+def words_of(trajectory: Trajectory) -> set[int]:
+    """The token ids that were spoken in it."""
+    spans = [span.ids for turn in trajectory.turns for span in turn.output]
+    return set(np.concatenate(spans).tolist()) if spans else set()
 
 
 def plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
@@ -23,6 +24,7 @@ from agentrl.metrics import NAME as METRICS
 from agentrl.store import StoreReader, index
 from agentrl.store.run import read_info
 from agentrl.store.segments import held
+from agentrl.viewer.rescored import Rescorings
 
 Status = Literal["running", "completed", "failed", "cancelled", "unknown"]
 _SIGNS = ("run.json", "index.sqlite", METRICS, "seg", "summary.json")
@@ -66,6 +68,12 @@ class Run:
         self._why: str | None = None
         self._configs: tuple[float, str, Mapping[str, Any]] | None = None
         self._facts: tuple[Any, dict[str, Any]] | None = None
+        self.rescored = Rescorings(folder)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing can be written into the folder."""
+        return not os.access(self.folder, os.W_OK)
 
     # -- what is in the folder ----------------------------------------------------------------------
 
@@ -186,7 +194,8 @@ class Run:
             "model": _name(model),
             "best": best(summary, lines),
             "problems": problems,
-            "read_only": not os.access(self.folder, os.W_OK),
+            "read_only": self.read_only,
+            "curves": curves(lines),
         }
 
     def detail(self) -> dict[str, Any]:
@@ -204,6 +213,7 @@ class Run:
             "resumed": info.get("resumed") or [],
             "eval": (summary or {}).get("eval") or [],
             "summary": summary,
+            "rescored": self.rescored.heads(),
         }
 
     def metrics(self, since: int) -> tuple[list[dict[str, Any]], int]:
@@ -281,6 +291,19 @@ class Runs:
                 self._folders = (*self._folders, folder)
         return next((run for run in self.all() if run.folder == folder), None)
 
+    def forks(self, run: Run) -> list[tuple[Run, str]]:
+        """The runs beside `run` that `fork_of` named, sources first, each with the number of its source ("": `run`)."""
+        mark = re.compile(r"-fork-\d+$")
+        with self._lock:
+            beside = {r.folder.name: r for r in self._runs.values() if r.folder.parent == run.folder.parent}
+        sources = {run.folder.name: ""}
+        out = []
+        for name in sorted(beside, key=lambda name: (name.count("-fork-"), len(name), name)):
+            if mark.search(name) and (source := sources.get(mark.sub("", name))) is not None:
+                sources[name] = beside[name].key
+                out.append((beside[name], source))
+        return out
+
     def fork_of(self, folder: Path) -> Path:
         """A new folder beside a run, for a branch of it."""
         with self._lock:
@@ -306,6 +329,31 @@ def best(summary: Mapping[str, Any] | None, lines: Sequence[Mapping[str, Any]]) 
     ]
     numbers = [float(v) for v in found if isinstance(v, int | float) and math.isfinite(v)]
     return max(numbers, default=None)
+
+
+_CURVES = ("success", "reward")
+_POINTS = 60  # of a curve in the list
+
+
+def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """The last training stage's success and reward over its steps, thinned out: small pictures for a list."""
+    stages = [str(line.get("stage")) for line in lines if any(name in line for name in _CURVES)]
+    last = next((stage for stage in reversed(stages) if not stage.endswith("-eval")), None)
+    out: dict[str, list[float | None]] = {}
+    for name in _CURVES:
+        at = {
+            line["step"]: line[name]
+            for line in lines
+            if line.get("stage") == last
+            and isinstance(line.get("step"), int)
+            and isinstance(line.get(name), int | float)
+        }
+        values = [float(at[step]) for step in sorted(at)]
+        keep = values[:: max(1, -(-len(values) // _POINTS))]
+        if values and keep[-1] is not values[-1]:
+            keep.append(values[-1])
+        out[name] = [value if math.isfinite(value) else None for value in keep]
+    return out
 
 
 def one_line(error: Exception) -> str:

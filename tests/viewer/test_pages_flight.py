@@ -109,7 +109,7 @@ MUON = {"name": "muon", "momentum": 0.95, "betas": [0.9, 0.95], "clip": 1.0, "lr
 SLOW = """
 import time
 
-from agentrl import Env, Say, Task, tool
+from agentrl import Env, Obs, Say, Task, tool
 
 
 class Slow(Env):
@@ -131,8 +131,6 @@ class Slow(Env):
         return "done"
 
     def reply(self, text):
-        from agentrl import Obs
-
         time.sleep(1.0)
         return Obs("Go on.")
 
@@ -153,9 +151,10 @@ def test_a_training_run_shows_its_episodes_while_they_are_played(see: Open, fold
                   "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32,
                   "max_position_embeddings": 1024, "tie_word_embeddings": True}, "tokenizer": {"texts": 50}},
         "engine": {"rows": 8, "max_context": 1024},
-        "rollout": {"max_tokens": 8, "episodes": 4, "deadlines": {"tool": 5, "turn": 60, "episode": 300}},
-        "stages": [{"type": "sft", "demonstrations": 64, "steps": 60, "batch": 16, "optimizer": {**MUON, "lr": 8e-3}},
+        "rollout": {"max_tokens": 8, "episodes": 16, "deadlines": {"tool": 5, "turn": 60, "episode": 300}},
+        "stages": [{"type": "sft", "demonstrations": 16, "steps": 60, "batch": 8, "optimizer": {**MUON, "lr": 8e-3}},
                    {"type": "rl", "steps": 2, "prompts": 2, "samples": 2, "editors": [], "optimizer": MUON}],
+        "eval": {"tasks": 4},
     }  # fmt: skip
     (tmp_path / "run.yaml").write_text(json.dumps(config))
     child = subprocess.Popen(

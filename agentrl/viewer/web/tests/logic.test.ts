@@ -261,11 +261,15 @@ describe('screens', () => {
 })
 
 describe('the tree', () => {
-  const node = (id: string, parent: string | null, turn = 0) => ({ id, parent, turn, token: 0, reward: 0, advantage: 0, turns: [] })
+  const node = (id: string, parent: string | null, turn = 0, run: string | null = null) => ({ id, parent, key: `${run ?? ''} ${id}`, under: parent && ` ${parent}`, run, turn, token: 0, reward: 0, advantage: 0, turns: [] })
   it('puts each branch under its parent, the latest first', () => {
     const found = layout([node('a', null), node('a.1', 'a', 1), node('a.2', 'a', 2), node('b', null)])
     expect(found.map((p) => p.node.id)).toEqual(['a', 'a.2', 'a.1', 'b'])
     expect(found[2].parentRow).toBe(0)
+  })
+  it('tells apart two forks of one turn, which have the same id', () => {
+    const found = layout([node('a', null), node('a.1', 'a', 1, 'r1'), node('a.1', 'a', 1, 'r2')])
+    expect(found.map((p) => [p.node.run, p.parentRow])).toEqual([[null, null], ['r1', 0], ['r2', 0]])
   })
   it('shows every trajectory once, also orphans and rings', () => {
     const found = layout([node('x', 'gone'), node('p', 'q'), node('q', 'p')])

@@ -14,6 +14,7 @@ export interface Run {
   best: Num
   problems: string[]
   read_only: boolean
+  curves?: Record<string, Num[]>
   key?: string
 }
 export interface RunDetail extends Run {
@@ -22,6 +23,7 @@ export interface RunDetail extends Run {
   versions: Record<string, unknown>
   eval: Record<string, any>[]
   summary: Record<string, any> | null
+  rescored?: { file: string; created: string | null; env: string | null; how: Record<string, number>; n: number; changed: number; old: Num; new: Num; problem: string | null }[]
 }
 export type Line = { stage: string; step: number; time: number } & Record<string, number | string>
 export interface Entry {
@@ -116,6 +118,7 @@ export interface Trajectory {
   prev: string | null
   next: string | null
   credit: CreditLine[]
+  rescored?: { file: string; created: string | null; env: string | null; how: string; why: string; parts: Record<string, Num> | null; reward: Num; success: boolean | null }[]
   live: boolean
 }
 export interface Member {
@@ -143,10 +146,16 @@ export interface Group {
   members: Member[]
   shared: { tokens: number; turns: number }
   first_divergence: Record<string, { turn: number; token: number; at?: number } | null>
+  /** The first sibling with exactly the same tokens. */
+  identical?: Record<string, string>
 }
 export interface TreeNode {
   id: string
   parent: string | null
+  /** Forks of one turn that lie in runs of their own have the same id; their keys differ. */
+  key: string
+  under: string | null
+  run: string | null
   turn: Num
   token: Num
   reward: Num
