@@ -54,7 +54,7 @@ Timing: the frame in which the text of an element was first shown, layout and ra
   let holes = []
   let hole = 0
   let bare = false
-  let behind = 0
+  let painted = -1
   const covered = () => {
     const box = scroller.getBoundingClientRect()
     const parts = scroller.querySelectorAll('.tk-chunk')
@@ -65,29 +65,28 @@ Timing: the frame in which the text of an element was first shown, layout and ra
   }
   /** Watch a scroller of tokens. */
   probe.watch = (selector) => (scroller = document.querySelector(selector))
-  // The compositor may have shown the new offset already, before the page drew for it: that counts from the last frame.
+  // The compositor may have shown a new offset already, before the page drew for it: that counts from the last frame.
   addEventListener(
     'scroll',
     (event) => {
-      if (event.target !== scroller) return
-      const part = covered()
-      if (part < 0.5) bare = true
-      if (part < 0.98) behind += 1
+      if (event.target === scroller && scroller.scrollTop !== painted && covered() < 0.5) bare = true
     },
     { capture: true, passive: true },
   )
+  // Right after a frame: what was painted in it.
+  const after = new MessageChannel()
+  after.port1.onmessage = ({ data: gap }) => {
+    if (!scroller?.isConnected) return
+    painted = scroller.scrollTop
+    const empty = covered() < 0.5
+    if (bare || empty) holes.push((hole += gap))
+    if (!empty) hole = 0
+    bare = false
+  }
   const tick = (now) => {
     if (frame) {
       gaps.push(now - frame)
-      if (scroller) {
-        // Tokens must stand where the reader looks: no bare half of the view before the page drew, nor after.
-        const after = covered() < 0.5
-        if (bare || after) hole += now - frame
-        else hole = 0
-        if (hole) holes.push(hole)
-        if (!after) hole = 0
-        bare = false
-      }
+      if (scroller) after.port2.postMessage(now - frame)
     }
     frame = now
     if (newest) ages.push(age())
@@ -128,12 +127,11 @@ Timing: the frame in which the text of an element was first shown, layout and ra
 
   /** All that was noted since the last call. */
   probe.take = () => {
-    const got = { delays, events, gaps, holes, behind, ages: ages.filter((each) => each !== null), recoloured }
+    const got = { delays, events, gaps, holes, ages: ages.filter((each) => each !== null), recoloured }
     delays = []
     events = []
     gaps = []
     holes = []
-    behind = 0
     ages = []
     recoloured = []
     return got
