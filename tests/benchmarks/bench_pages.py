@@ -125,10 +125,10 @@ def make_list(folder: Path, n: int) -> None:
 
 def write_live(folder: Path, seconds: float) -> None:
     """The writer's process: `RATE` trajectories a second in `BATCHES` calls, their turns ahead of them, stamped."""
-    bench_store.WORDS[:] = varied(np.random.default_rng(9))
+    bench_store.WORDS[:] = varied(np.random.default_rng(9))[:2000]
     rng = np.random.default_rng(2)
     key = EpisodeKey("rl", 0, "train", "t", 0)
-    pool = [episode(rng, key, 3, 60) for _ in range(4000)]
+    pool = [episode(rng, key, 3, 60) for _ in range(2000)]
     size, made, late = RATE // BATCHES, 0, 0.0
     with RunFolder.create(folder, CONFIG, config_version=1), StoreWriter(folder, pieces=pieces) as store:
         sys.stdout.write("begun\n")
@@ -145,7 +145,7 @@ def write_live(folder: Path, seconds: float) -> None:
                 each = pool[(made + i) % len(pool)]
                 for number, turn in enumerate(each.turns):
                     store.turn(own, number, turn)
-                batch.append(dataclasses.replace(each, id=own.id, group_id=own.group_id, task_id=own.task))
+                batch.append(dataclasses.replace(each, id=own.id, group_id=own.group_id, task_id=own.task_id))
             store.add(batch, step=step, stage="rl")
             made += size
             if call % BATCHES == 0:
@@ -400,13 +400,16 @@ def live(playwright: Any, folder: Path, repeats: int, figures: Figures) -> dict[
         with viewer(folder) as address:
             time.sleep(3)
             for _ in range(repeats):
-                for what, hash, row, drive in (
-                    ("the list", at("live", "rollouts"), ROW, drive_list),
-                    ("the live page", at("live", "live"), "[aria-label=Finished] td.id a", drive_live),
+                for what, hash, first, row, drive in (
+                    ("the list", at("live", "rollouts"), ROW, ROW, drive_list),
+                    ("the live page", at("live", "live"), ".now dd", "[aria-label=Finished] td.id a", drive_live),
                 ):
-                    with page_of(playwright, row) as page:
+                    if writer.poll() is not None:
+                        sys.exit("the writer's process ended before its time; its error stands above")
+                    with page_of(playwright, first) as page:
                         page.goto(f"{address}/{hash}")
-                        figures.add(f"live run, {what}: first rows on screen", shown(page))
+                        figures.add(f"live run, {what}: on screen", shown(page))
+                        page.locator(row).first.scroll_into_view_if_needed()
                         page.wait_for_timeout(500)
                         take(page)
                         page.evaluate("row => window.__probe.follow(row)", row)
