@@ -27,7 +27,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -449,7 +448,9 @@ def main() -> None:
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
-        sys.exit("bench_pages.py needs playwright (pip install playwright) and Debian's chromium (apt install chromium)")
+        sys.exit(
+            "bench_pages.py needs playwright (pip install playwright) and Debian's chromium (apt install chromium)"
+        )
     if not CHROMIUM.exists():
         sys.exit(f"bench_pages.py drives {CHROMIUM}, which is not there; run: apt install chromium")
     say = sys.stdout.write
@@ -478,7 +479,8 @@ def main() -> None:
                 with tempfile.TemporaryDirectory(dir=asked.folder) as at_work:
                     result["writer"] = live(playwright, Path(at_work), asked.repeats, figures)
         result["load_after"] = load_average()
-    say(f"milliseconds, {asked.repeats} repetitions; load {result['load_before']} before, {result['load_after']} after\n")
+    load = f"load {result['load_before']} before, {result['load_after']} after"
+    say(f"milliseconds, {asked.repeats} repetitions (each its worst value); {load}\n")
     for line in figures.lines():
         say(line + "\n")
     if "writer" in result:
