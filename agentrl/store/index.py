@@ -51,6 +51,7 @@ CREATE INDEX by_source ON trajectories (source);
 CREATE INDEX by_success ON trajectories (success);
 CREATE INDEX by_outcome ON trajectories (outcome, why);
 CREATE INDEX by_errors ON trajectories (n_errors) WHERE n_errors > 0;
+CREATE INDEX superseded ON trajectories (latest) WHERE latest = 0;
 CREATE INDEX by_calls ON trajectories (n_calls);
 CREATE INDEX by_tokens ON trajectories (n_tokens);
 CREATE INDEX by_turns ON trajectories (n_turns);

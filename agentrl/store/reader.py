@@ -241,8 +241,10 @@ class StoreReader:
 
     def count(self) -> int:
         """How many trajectories are stored, without attempts that were superseded."""
-        ((n,),) = self._rows("SELECT COUNT(*) FROM trajectories WHERE latest")
-        return int(n)
+        ((n, old),) = self._rows(  # both from indices: the rows themselves take ten times as long to read
+            "SELECT (SELECT COUNT(*) FROM trajectories), (SELECT COUNT(*) FROM trajectories WHERE latest = 0)"
+        )
+        return int(n) - int(old)
 
     def facets(self) -> dict[str, Any]:
         """What lists can be filtered by: {stages, splits, outcomes: {text: count}, steps: {stage: [min, max]},

@@ -95,6 +95,13 @@ class Viewer:
             raise BadRequest(run.trouble or "this run has no trajectories", 404)
         return reader
 
+    def look(self) -> None:
+        """Look at every run once, so that the first page does not have to wait for it."""
+        for run in self.runs.all():
+            if self.stopped.is_set():
+                return
+            run.facts()
+
     def entry(self, asked: Mapping[str, Any], id: str = "id", run: str | None = None) -> tuple[StoreReader, Entry]:
         reader = self.reader(run or asked["run"])
         try:
@@ -400,8 +407,10 @@ def inner_app(folders: Sequence[Path], *, static: Path = STATIC) -> Starlette:
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        looking = asyncio.create_task(asyncio.to_thread(viewer.look))
         yield
         viewer.stopped.set()
+        await looking
         await asyncio.to_thread(viewer.jobs.close)
         viewer.runs.close()
 

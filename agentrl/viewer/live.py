@@ -1,7 +1,7 @@
 """What a run does now, as server-sent events: new metric lines, new trajectories, episodes in flight, its status.
 
 The files are looked at twice a second; nothing is asked of the run itself, which never knows that somebody
-watches. A journal is read again only when it has grown, and then at most once a second.
+watches. Of a journal only what was appended is read, and at most once a second.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 from agentrl.errors import AgentRLError
 from agentrl.store import Cursor, EpisodeKey, Flight
+from agentrl.store.flights import Flights
 from agentrl.trajectory import Turn
 from agentrl.viewer.pages import entry_json
 from agentrl.viewer.runs import Run
@@ -33,6 +34,7 @@ class Watch:
         self._begun = False
         self._status: str | None = None
         self._flights: tuple[Any, float, list[dict[str, Any]]] = (None, 0.0, [])
+        self._following: Flights | None = None
 
     def look(self) -> list[tuple[str, dict[str, Any]]]:
         """The events since the last look. Reads files: call it in a thread."""
@@ -87,7 +89,9 @@ class Watch:
         reader = self._run.reader
         if reader is None:
             return []
-        episodes = [flight_json(key, turns) for key, turns in reader.inflight().items()][:_FLIGHTS]
+        if self._following is None:
+            self._following = Flights(self._run.folder / "seg", reader.attempt)
+        episodes = [flight_json(key, turns) for key, turns in self._following.look().items()][:_FLIGHTS]
         self._flights = (fresh, now, episodes)
         return [("inflight", {"episodes": episodes})] if episodes != known or stamp is None else []
 

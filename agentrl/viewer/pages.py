@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,13 @@ from agentrl.viewer.rows import View, shared, view_of
 _THINKING = re.compile(
     r"<(think|thinking|reasoning|thought)>(.*?)(?:</\1>|\Z)|\[THINK\](.*?)(?:\[/THINK\]|\Z)", re.DOTALL
 )
+_ENTRY = tuple(Entry.__dataclass_fields__)
 Pieces = Mapping[int, str]
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:
     """A line of the list."""
-    return asdict(entry)
+    return {name: getattr(entry, name) for name in _ENTRY}
 
 
 def thinking_of(text: str) -> str | None:

@@ -64,6 +64,7 @@ class Run:
     def __init__(self, number: int, folder: Path) -> None:
         self.key, self.folder = f"r{number}", folder
         self._lock = threading.Lock()
+        self._looking = threading.Lock()
         self._reader: StoreReader | None = None
         self._why: str | None = None
         self._configs: tuple[float, str, Mapping[str, Any]] | None = None
@@ -127,17 +128,15 @@ class Run:
 
     def facts(self) -> dict[str, Any]:
         """The run's line in the list. Remembered until one of its files changes."""
-        stamp = tuple(_stamp(self.folder / name) for name in (*_SIGNS, "config.resolved.yaml", "index.sqlite-wal"))
-        with self._lock:
-            known = self._facts
-        summary_now = self.summary() if known is None or known[0] != stamp else None
-        if known is not None and known[0] == stamp:
-            status = self.status(known[1]["_summary"])
-            return {**{name: value for name, value in known[1].items() if name[0] != "_"}, "status": status}
-        facts = self._look(summary_now)
-        with self._lock:
-            self._facts = stamp, {**facts, "_summary": summary_now}
-        return facts
+        with self._looking:  # who comes meanwhile waits for the same answer
+            stamp = tuple(_stamp(self.folder / name) for name in (*_SIGNS, "config.resolved.yaml", "index.sqlite-wal"))
+            if self._facts is None or self._facts[0] != stamp:
+                summary = self.summary()
+                self._facts = stamp, {**self._look(summary), "_summary": summary}
+                return {name: value for name, value in self._facts[1].items() if name[0] != "_"}
+            known = self._facts[1]
+        status = self.status(known["_summary"])
+        return {**{name: value for name, value in known.items() if name[0] != "_"}, "status": status}
 
     def _look(self, summary: dict[str, Any] | None) -> dict[str, Any]:
         problems: list[str] = []
