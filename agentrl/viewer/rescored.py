@@ -1,7 +1,7 @@
 """New scores beside the recorded ones: what `agentrl replay --rescore` left in RUN/rescored.
 
 A file is a rescoring: its first line says when and with what environment, each other line is one episode. Files
-are never changed, so that each is read once.
+are never changed, so that each is read once; a folder that was made again has other ones.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Rescorings:
     def __init__(self, run: Path) -> None:
         self._folder = run / FOLDER
         self._lock = threading.Lock()
-        self._known: dict[str, tuple[dict[str, Any], dict[tuple[str, int], Mapping[str, Any]]]] = {}
+        self._known: dict[tuple[str, Any], tuple[dict[str, Any], dict[tuple[str, int], Mapping[str, Any]]]] = {}
 
     def heads(self) -> list[dict[str, Any]]:
         """{file, created, env, how, n, changed, old, new, problem} of each, oldest first; `old` and `new` are mean
@@ -42,12 +42,16 @@ class Rescorings:
         return out
 
     def _all(self) -> list[tuple[dict[str, Any], dict[tuple[str, int], Mapping[str, Any]]]]:
-        paths = sorted(self._folder.glob("*.jsonl"))[-_LATEST:]
+        found = []
+        for path in sorted(self._folder.glob("*.jsonl"))[-_LATEST:]:
+            try:
+                stat = path.stat()
+            except OSError:  # gone meanwhile
+                continue
+            found.append((path, (path.name, (stat.st_ino, stat.st_size, stat.st_mtime_ns))))
         with self._lock:
-            for path in paths:
-                if path.name not in self._known:
-                    self._known[path.name] = _read(path)
-            return [self._known[path.name] for path in paths]
+            self._known = {key: self._known.get(key) or _read(path) for path, key in found}
+            return list(self._known.values())
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, int], Mapping[str, Any]]]:

@@ -9,7 +9,9 @@ import json
 import math
 import os
 import re
+import sqlite3
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import count
@@ -24,12 +26,15 @@ from agentrl.metrics import NAME as METRICS
 from agentrl.store import StoreReader, index
 from agentrl.store.run import read_info
 from agentrl.store.segments import held
+from agentrl.viewer.readers import Open, Slot
 from agentrl.viewer.rescored import Rescorings
+from agentrl.viewer.tail import parsed
 
 Status = Literal["running", "completed", "failed", "cancelled", "unknown"]
 _SIGNS = ("run.json", "index.sqlite", METRICS, "seg", "summary.json")
 _DEEP = 6  # folders below the one that was named
-_MANY = 2000  # runs that are listed
+MANY = 2000  # runs that are listed
+_PAUSE = 1.0  # seconds between two searches for runs, at least
 
 
 def find(folders: Sequence[Path]) -> Iterator[Path]:
@@ -61,13 +66,13 @@ def _under(folder: Path, deep: int) -> Iterator[Path]:
 class Run:
     """One run folder. Safe to use from several threads."""
 
-    def __init__(self, number: int, folder: Path) -> None:
+    def __init__(self, number: int, folder: Path, open: Open | None = None) -> None:
         self.key, self.folder = f"r{number}", folder
-        self._lock = threading.Lock()
         self._looking = threading.Lock()
-        self._reader: StoreReader | None = None
+        self._slot = Slot(folder, open or Open())
         self._why: str | None = None
-        self._configs: tuple[float, str, Mapping[str, Any]] | None = None
+        self._lasting = True  # whether what was seen in the last look stays so until a file changes
+        self._configs: tuple[Any, str, Mapping[str, Any]] | None = None
         self._facts: tuple[Any, dict[str, Any]] | None = None
         self.rescored = Rescorings(folder)
 
@@ -81,13 +86,17 @@ class Run:
     @property
     def reader(self) -> StoreReader | None:
         """The store's reader, None where there is nothing to read; `trouble` then says why."""
-        with self._lock:
-            if self._reader is None:
-                try:
-                    self._reader, self._why = StoreReader(self.folder), None
-                except (AgentRLError, OSError) as error:
-                    self._why = one_line(error)
-            return self._reader
+        try:
+            found, self._why = self._slot.get(), None
+        except (AgentRLError, OSError) as error:
+            self._why = one_line(error)
+            return None
+        return found
+
+    @property
+    def generation(self) -> int:
+        """Counts the stores that `reader` was of: the folder may be made again, and the index rebuilt."""
+        return self._slot.generation
 
     @property
     def trouble(self) -> str | None:
@@ -108,7 +117,7 @@ class Run:
         """The resolved configuration as text and as values (empty where it cannot be read)."""
         path = self.folder / "config.resolved.yaml"
         try:
-            stamp = path.stat().st_mtime
+            stamp = _stamp(path)
             if self._configs is None or self._configs[0] != stamp:
                 text = path.read_text(encoding="utf-8", errors="replace")
                 self._configs = stamp, text, _values(text)
@@ -132,8 +141,10 @@ class Run:
             stamp = tuple(_stamp(self.folder / name) for name in (*_SIGNS, "config.resolved.yaml", "index.sqlite-wal"))
             if self._facts is None or self._facts[0] != stamp:
                 summary = self.summary()
-                self._facts = stamp, {**self._look(summary), "_summary": summary}
-                return {name: value for name, value in self._facts[1].items() if name[0] != "_"}
+                self._lasting = True
+                facts = self._look(summary)
+                self._facts = (stamp, {**facts, "_summary": summary}) if self._lasting else None
+                return facts
             known = self._facts[1]
         status = self.status(known["_summary"])
         return {**{name: value for name, value in known.items() if name[0] != "_"}, "status": status}
@@ -141,7 +152,12 @@ class Run:
     def _look(self, summary: dict[str, Any] | None) -> dict[str, Any]:
         problems: list[str] = []
         _, config = self.config()
-        reader = self.reader
+        reader: StoreReader | None = None
+        unopened = ""
+        try:
+            reader = self._slot.glance()
+        except (AgentRLError, OSError) as error:
+            unopened = self._said(error)
         info: dict[str, Any] = {}
         if not self.folder.is_dir():
             problems.append(f"{self.folder} is not a folder")
@@ -152,9 +168,9 @@ class Run:
                 got = read_info(self.folder)
                 info = {"created": got.created, "config_version": got.config_version}
             except (UsageError, OSError) as error:
-                problems.append(one_line(error))
-            if reader is None and self._why:
-                problems.append(self._why)
+                problems.append(self._said(error))
+            if unopened:
+                problems.append(unopened)
             if not config:
                 problems.append("config.resolved.yaml is missing or cannot be read: components have no names here")
             if (self.folder / "summary.json").exists() and summary is None:
@@ -164,7 +180,12 @@ class Run:
                     f"the index has format {reader.format}: no full-text search, and lists are slower; "
                     f"run: agentrl index {self.folder} --rebuild"
                 )
-        lines, damaged = self.metrics(0)
+        lines: list[dict[str, Any]] = []
+        damaged = 0
+        try:
+            lines, damaged = parsed(self._texts(0))
+        except OSError as error:
+            problems.append(self._said(error))
         if damaged:
             problems.append(f"{damaged} lines of {METRICS} cannot be read")
         episodes = 0
@@ -172,7 +193,7 @@ class Run:
             try:
                 episodes = reader.count()
             except AgentRLError as error:
-                problems.append(one_line(error))
+                problems.append(self._said(error))
         model = config.get("model")
         env = config.get("env")
         last: dict[str, int] = {}
@@ -197,6 +218,12 @@ class Run:
             "curves": curves(lines),
         }
 
+    def _said(self, error: Exception) -> str:
+        """An error as one sentence. One of the system's (no free file, no right) may pass without any file changing."""
+        if any(isinstance(each, OSError | sqlite3.OperationalError) for each in (error, error.__cause__)):
+            self._lasting = False
+        return one_line(error)
+
     def detail(self) -> dict[str, Any]:
         """All that is known of the run as a whole."""
         text, _ = self.config()
@@ -215,40 +242,25 @@ class Run:
             "rescored": self.rescored.heads(),
         }
 
-    def metrics(self, since: int) -> tuple[list[dict[str, Any]], int]:
-        """The lines of metrics.jsonl from number `since` on, and how many could not be read. A torn end waits.
+    def metrics(self, since: int, until: int | None = None) -> tuple[list[dict[str, Any]], int]:
+        """The lines of metrics.jsonl from number `since` on (to before `until`), and how many could not be read. A
+        torn end waits.
 
         The number of the next line is `since` plus both.
         """
         try:
-            data = (self.folder / METRICS).read_bytes()
+            return parsed(self._texts(since)[: None if until is None else max(0, until - since)])
         except OSError:
             return [], 0
-        lines: list[dict[str, Any]] = []
-        damaged = 0
-        for text in data.split(b"\n")[since:-1]:
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                line = None
-            if isinstance(line, dict):
-                lines.append(line)
-            else:
-                damaged += 1
-        return lines, damaged
 
-    def lines(self) -> int:
-        """How many whole lines metrics.jsonl has."""
+    def _texts(self, since: int) -> list[bytes]:
         try:
-            return (self.folder / METRICS).read_bytes().count(b"\n")
-        except OSError:
-            return 0
+            return (self.folder / METRICS).read_bytes().split(b"\n")[since:-1]
+        except (FileNotFoundError, NotADirectoryError):
+            return []
 
     def close(self) -> None:
-        with self._lock:
-            if self._reader is not None:
-                self._reader.close()
-                self._reader = None
+        self._slot.drop()
 
     def _json(self, name: str) -> dict[str, Any] | None:
         try:
@@ -264,22 +276,40 @@ class Runs:
     def __init__(self, folders: Sequence[Path]) -> None:
         self._folders = tuple(folders)
         self._lock = threading.Lock()
+        self._walking = threading.Lock()
+        self._rested = -math.inf  # when the folders may be searched again
+        self._open = Open()
         self._runs: dict[Path, Run] = {}
+        self._keys: dict[str, Run] = {}
         self._forks: set[Path] = set()
+        self.left_out = 0
 
     def all(self) -> list[Run]:
-        """Every run that is there now, or was."""
+        """Every run that is there now, or was, but for `left_out` of them. Looks into the folders, if not just done."""
+        with self._walking:  # a big tree takes seconds: whoever names a run that is known does not wait for it
+            began = time.monotonic()
+            if began >= self._rested:
+                left_out = 0
+                for path in find(self._folders):
+                    with self._lock:
+                        if path in self._runs or len(self._runs) < MANY:
+                            self._add(path)
+                        else:
+                            left_out += 1
+                self.left_out = left_out
+                self._rested = time.monotonic() + max(_PAUSE, time.monotonic() - began)
         with self._lock:
-            for path in find(self._folders):
-                if path not in self._runs and len(self._runs) < _MANY:
-                    self._runs[path] = Run(len(self._runs), path)
             return list(self._runs.values())
 
     def get(self, key: str) -> Run | None:
         """The run of that number."""
         with self._lock:
-            known = {run.key: run for run in self._runs.values()}
-        return known.get(key) or {run.key: run for run in self.all()}.get(key)
+            known = self._keys.get(key)
+        if known is not None or not re.fullmatch("r[0-9]{1,9}", key):
+            return known
+        self.all()
+        with self._lock:
+            return self._keys.get(key)
 
     def at(self, folder: Path) -> Run | None:
         """The run in that very folder, known from now on; None where there is none."""
@@ -288,7 +318,14 @@ class Runs:
         with self._lock:
             if folder not in self._folders:
                 self._folders = (*self._folders, folder)
-        return next((run for run in self.all() if run.folder == folder), None)
+            return self._add(folder)
+
+    def _add(self, folder: Path) -> Run:
+        run = self._runs.get(folder)
+        if run is None:
+            run = self._runs[folder] = Run(len(self._runs), folder, self._open)
+            self._keys[run.key] = run
+        return run
 
     def forks(self, run: Run) -> list[tuple[Run, str]]:
         """The runs beside `run` that `fork_of` named, sources first, each with the number of its source ("": `run`)."""
@@ -386,9 +423,9 @@ def _seconds(moment: object) -> float | None:
         return None
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, int, int]:
     try:
         found = path.stat()
     except OSError:
-        return 0, 0
-    return found.st_mtime_ns, found.st_size
+        return 0, 0, 0
+    return found.st_mtime_ns, found.st_size, found.st_ino
