@@ -76,7 +76,7 @@ def one(steps: int, out: Path) -> dict[str, Any]:
         return values
 
     ReinforceRunner.step = step  # type: ignore[method-assign]
-    train(CONFIG, overrides=[f"out={out}", f"stages.1.steps={steps}", "eval.every=null", "checkpoint.every=1000"])
+    train(CONFIG, overrides=[f"out={out}", f"stages.1.steps={steps}", "eval=null", "checkpoint.every=1000"])
     return {
         "steps": len(whole), "step_cpu_s": sum(whole), "store_cpu_s": sum(store),
         "share": sum(store) / sum(whole), "worst_step": max(s / w for s, w in zip(store, whole, strict=True)),
