@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
+import itertools
 import json
 import signal
 import socket
@@ -27,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -122,8 +124,11 @@ def make_list(folder: Path, n: int) -> None:
         (folder / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
 
 
-def write_live(folder: Path, seconds: float) -> None:
-    """The writer's process: `RATE` trajectories a second in `BATCHES` calls, their turns ahead of them, stamped."""
+def write_live(folder: Path) -> None:
+    """The writer's process: `RATE` trajectories a second in `BATCHES` calls, their turns ahead of them, stamped; until
+    it is told to end (SIGTERM)."""
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
     bench_store.WORDS[:] = varied(np.random.default_rng(9))[:2000]
     rng = np.random.default_rng(2)
     key = EpisodeKey("rl", 0, "train", "t", 0)
@@ -133,7 +138,9 @@ def write_live(folder: Path, seconds: float) -> None:
         sys.stdout.write("begun\n")
         sys.stdout.flush()
         begun = time.perf_counter()
-        for call in range(int(seconds * BATCHES)):
+        for call in itertools.count():
+            if told:
+                break
             wait = begun + call / BATCHES - time.perf_counter()
             late = max(late, -wait)
             time.sleep(max(0.0, wait))
@@ -235,8 +242,9 @@ class Figures:
         self.add(f"{what}: input to next paint", [16.0, *(event["duration"] for event in seen["events"])])
         self.add(f"{what}: longest frame", seen["gaps"])
 
-    def lines(self) -> Iterator[str]:
-        for name, values in self.all.items():
+    def lines(self, known: Collection[str]) -> Iterator[str]:
+        """A line for each that is not known yet."""
+        for name, values in ((name, values) for name, values in self.all.items() if name not in known):
             bar = next((limit for part, limit in BARS.items() if part in name), None)
             said = "" if bar is None else f"  bar {bar}  {'met' if max(values) <= bar else 'MISSED'}"
             each = " ".join(f"{value:.0f}" for value in values)
@@ -389,8 +397,7 @@ def drive_live(page: Any) -> None:
 
 def live(playwright: Any, folder: Path, repeats: int, figures: Figures) -> dict[str, float]:
     """A run at 500 trajectories a second, looked at by the list and by the live page."""
-    seconds = 25.0 * repeats + 10
-    words = [sys.executable, __file__, "--write", str(folder / "live"), "--seconds", str(seconds)]
+    words = [sys.executable, __file__, "--write", str(folder / "live")]
     writer = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     try:
@@ -424,11 +431,12 @@ def live(playwright: Any, folder: Path, repeats: int, figures: Figures) -> dict[
                         for name in ("delays", "events", "gaps"):
                             both[name] += seen[name]
                         figures.input(f"live run, {what}", both)
-        said, _ = writer.communicate(timeout=seconds + 60)
+        writer.terminate()
+        said, _ = writer.communicate(timeout=60)
         return dict(json.loads(said.splitlines()[-1]))
     finally:
         if writer.poll() is None:
-            writer.terminate()
+            writer.kill()
             writer.wait(timeout=30)
 
 
@@ -440,10 +448,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=None, help="where the runs are made, and kept for the next time")
     parser.add_argument("--json", type=Path, default=None, help="also write the figures here")
     parser.add_argument("--write", type=Path, default=None, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=30, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.write is not None:
-        write_live(asked.write, asked.seconds)
+        write_live(asked.write)
         return
     try:
         from playwright.sync_api import sync_playwright
@@ -467,24 +474,34 @@ def main() -> None:
                 begun = time.perf_counter()
                 make(folder / "runs" / name, *given)
                 say(f"made {name} in {time.perf_counter() - begun:.0f} s\n")
-        result["load_before"] = load_average()
+        loads: dict[str, list[float | None]] = {}
+
+        def measure(part: str, work: Callable[[], Any]) -> Any:
+            known, loads[part] = set(figures.all), [load_average()]
+            found = work()
+            loads[part].append(load_average())
+            say(f"{part}: milliseconds, {asked.repeats} repetitions (of each its worst value); load before and after: ")
+            say(" ".join(map(str, loads[part])) + "\n")
+            for line in figures.lines(known):
+                say(line + "\n")
+            sys.stdout.flush()
+            return found
+
         with sync_playwright() as playwright:
+            runs = folder / "runs"
             for n in lengths:
-                lists(playwright, folder / "runs", f"rows{n}", asked.repeats, figures)
+                name = f"rows{n}"
+                measure(name, functools.partial(lists, playwright, runs, name, asked.repeats, figures))
             if "tokens" in parts:
-                tokens(playwright, folder / "runs", asked.repeats, figures)
+                measure("tokens", lambda: tokens(playwright, runs, asked.repeats, figures))
             if "huge" in parts:
-                huge(playwright, folder / "runs", asked.repeats, figures)
+                measure("huge", lambda: huge(playwright, runs, asked.repeats, figures))
             if "live" in parts:
-                with tempfile.TemporaryDirectory(dir=asked.folder) as at_work:
-                    result["writer"] = live(playwright, Path(at_work), asked.repeats, figures)
-        result["load_after"] = load_average()
-    load = f"load {result['load_before']} before, {result['load_after']} after"
-    say(f"milliseconds, {asked.repeats} repetitions (each its worst value); {load}\n")
-    for line in figures.lines():
-        say(line + "\n")
-    if "writer" in result:
-        say("the writer: " + "  ".join(f"{name} {value:.3g}" for name, value in result["writer"].items()) + "\n")
+                with tempfile.TemporaryDirectory(dir=asked.folder) as work:
+                    writer = measure("live", lambda: live(playwright, Path(work), asked.repeats, figures))
+                result["writer"] = writer
+                say("the writer: " + "  ".join(f"{name} {value:.3g}" for name, value in writer.items()) + "\n")
+        result["load"] = loads
     result["ms"] = figures.all
     if asked.json is not None:
         asked.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

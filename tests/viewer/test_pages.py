@@ -313,6 +313,38 @@ def test_a_link_to_a_token_far_down_finds_it(see: Open) -> None:
     assert covered
 
 
+def test_no_frame_of_a_scroll_lacks_tokens(see: Open) -> None:
+    page = see(at("desk", "t", id="rl-12/archive-0002/0", view="tokens"))
+    page.emulate_media(reduced_motion="no-preference")  # the browser animates what keys scroll
+    page.locator(".tk").first.wait_for()
+    page.evaluate(
+        """() => {
+          const view = document.querySelector('.toks')
+          const channel = new MessageChannel()
+          window.painted = []
+          channel.port1.onmessage = () => {
+            const parts = [...view.querySelectorAll('.tk-chunk')].map((node) => node.getBoundingClientRect())
+            const box = view.getBoundingClientRect()
+            window.painted.push([view.scrollTop, parts[0].top <= box.top + 9, parts.at(-1).bottom >= box.bottom - 24])
+          }
+          const frame = () => {
+            channel.port2.postMessage(0) // heard once this frame is painted
+            requestAnimationFrame(frame)
+          }
+          requestAnimationFrame(frame)
+        }"""
+    )
+    page.locator(".toks").focus()
+    for _ in range(25):
+        page.keyboard.press("PageDown")
+    page.wait_for_function("() => window.painted.at(-1)[0] > 9000")
+    page.keyboard.press("Home")
+    page.wait_for_function("() => window.painted.at(-1)[0] === 0")
+    painted = page.evaluate("window.painted")
+    assert len({top for top, _, _ in painted}) >= 4
+    assert [line for line in painted if not (line[1] and line[2])] == []
+
+
 def test_a_group_shows_siblings_side_by_side(see: Open) -> None:
     page = see(PAGES["group"])
     assert page.locator("section.col").count() == 8
