@@ -50,7 +50,8 @@ export interface Entry {
   turn_cost: number
   seconds: number
   latest: boolean
-  snippet?: [string, boolean][]
+  /** null where the time for snippets was over before its turn came. */
+  snippet?: [string, boolean][] | null
 }
 export interface ListPage { entries: Entry[]; next: string | null; last: string | null; took_ms: number }
 export interface Facets {
@@ -144,6 +145,7 @@ export interface Group {
   stage: string
   zero_variance: boolean
   members: Member[]
+  left_out?: number
   shared: { tokens: number; turns: number }
   first_divergence: Record<string, { turn: number; token: number; at?: number } | null>
   /** The first sibling with exactly the same tokens. */
@@ -162,7 +164,8 @@ export interface TreeNode {
   advantage: Num
   turns: { index: number; n_sampled: number; calls: string[] }[]
 }
-export interface DiffTurn { index: number; same: boolean; a: Turn | null; b: Turn | null; first_token: Num }
+/** `first_token` counts sampled tokens, −1 is the prompt before them, whose two texts are `contexts`. */
+export interface DiffTurn { index: number; same: boolean; a: Turn | null; b: Turn | null; first_token: Num; contexts?: (string | null)[] | null }
 export interface Explained {
   token: Record<string, any>
   chain: { name: string; component: string | null; value: Num; of: string; numbers: Record<string, Num> }[]
