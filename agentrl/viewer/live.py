@@ -231,8 +231,7 @@ class Live:
         room.pages.append(page)
         try:
             async with room.lock:  # between two looks, so that nothing is told twice, and nothing missed
-                if not room.known or place.line > room.watch.line:
-                    self._tell(room, await asyncio.to_thread(room.watch.look))
+                self._tell(room, await asyncio.to_thread(room.watch.look))
                 _clear(page)
                 first = await asyncio.to_thread(_missed, run, room.watch, place)
                 first += [(name, body) for name, body in room.known.items()]
