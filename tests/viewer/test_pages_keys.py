@@ -39,7 +39,7 @@ PAGES: dict[str, tuple[str, dict[str, list[str]]]] = {
     "rollouts": (
         at("desk", "rollouts", step=1, sort="added"),
         {
-            "k": ["j", "j"], "ArrowUp": ["j", "j"], "PageUp": ["End"], "Home": ["End"], "d": ["x", "j", "x"],
+            "k": ["j", "j"], "ArrowUp": ["j", "j"], "n": ["j", "j"], "PageUp": ["End"], "Home": ["End"], "d": ["x", "j", "x"],
         },
     ),
     "trajectory": (at("desk", "t", id=MIDDLE, turn=1), {}),
