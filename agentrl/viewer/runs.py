@@ -21,6 +21,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from agentrl.config import SCHEMA_VERSION
 from agentrl.errors import AgentRLError, UsageError
 from agentrl.metrics import NAME as METRICS
 from agentrl.store import StoreReader, index
@@ -89,7 +90,7 @@ class Run:
         try:
             found, self._why = self._slot.get(), None
         except (AgentRLError, OSError) as error:
-            self._why = one_line(error)
+            self._why = self._unopened(error)
             return None
         return found
 
@@ -97,6 +98,18 @@ class Run:
     def generation(self) -> int:
         """Counts the stores that `reader` was of: the folder may be made again, and the index rebuilt."""
         return self._slot.generation
+
+    def _unopened(self, error: Exception) -> str:
+        if self._begun() and not (self.folder / index.NAME).exists():
+            return (
+                f"{index.NAME} is missing, so that no trajectory can be listed; the segments are there: "
+                f"run agentrl index {self.folder} --rebuild"
+            )
+        return one_line(error)
+
+    def _begun(self) -> bool:
+        """Whether anything was ever stored."""
+        return any((self.folder / "seg").glob("*.bin")) or (self.folder / index.NAME).exists()
 
     @property
     def trouble(self) -> str | None:
@@ -157,19 +170,27 @@ class Run:
         try:
             reader = self._slot.glance()
         except (AgentRLError, OSError) as error:
-            unopened = self._said(error)
+            self._said(error)
+            unopened = self._unopened(error)
         info: dict[str, Any] = {}
         if not self.folder.is_dir():
             problems.append(f"{self.folder} is not a folder")
         elif not any((self.folder / name).exists() for name in _SIGNS):
             problems.append(f"{self.folder} holds no run: none of {', '.join(_SIGNS)} is there")
         else:
-            try:
-                got = read_info(self.folder)
-                info = {"created": got.created, "config_version": got.config_version}
-            except (UsageError, OSError) as error:
-                problems.append(self._said(error))
-            if unopened:
+            info = self._json("run.json") or {}
+            version = info.get("config_version")
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                problems.append(
+                    f"the run was made by a newer version of agentrl (configuration schema {version}, this one knows "
+                    f"{SCHEMA_VERSION}): what is new in it is not shown; update agentrl to see it all"
+                )
+            else:
+                try:
+                    info = {"created": read_info(self.folder).created}
+                except (UsageError, OSError) as error:
+                    problems.append(self._said(error))
+            if unopened and self._begun():
                 problems.append(unopened)
             if not config:
                 problems.append("config.resolved.yaml is missing or cannot be read: components have no names here")
@@ -180,6 +201,7 @@ class Run:
                     f"the index has format {reader.format}: no full-text search, and lists are slower; "
                     f"run: agentrl index {self.folder} --rebuild"
                 )
+            problems += self._lost(reader, summary)
         lines: list[dict[str, Any]] = []
         damaged = 0
         try:
@@ -223,6 +245,27 @@ class Run:
         if any(isinstance(each, OSError | sqlite3.OperationalError) for each in (error, error.__cause__)):
             self._lasting = False
         return one_line(error)
+
+    def _lost(self, reader: StoreReader | None, summary: dict[str, Any] | None) -> list[str]:
+        """What a crash, a copy or a full disk left out."""
+        out = []
+        try:
+            lacking = reader.lacking() if reader is not None else []
+        except AgentRLError:
+            lacking = []
+        if lacking:
+            names = ", ".join(lacking[:3]) + (" and others" if len(lacking) > 3 else "")
+            out.append(f"missing or cut short in seg/: {names}. Trajectories in them are listed, but cannot be opened")
+        log = self.folder / f"{index.NAME}-wal"
+        if self.read_only and _stamp(log)[1]:
+            out.append(
+                f"the latest rows stand in {log.name}, which cannot be read in a write-protected folder: copy the "
+                "folder to where you may write, to see them"
+            )
+        begun = (self.folder / METRICS).exists() and not (self.folder / "summary.json").exists()
+        if begun and summary is None and self.status(None) == "unknown":
+            out.append("the run was cut off: it wrote no summary.json. agentrl train --resume goes on with it")
+        return out
 
     def detail(self) -> dict[str, Any]:
         """All that is known of the run as a whole."""

@@ -18,7 +18,7 @@ from agentrl.store import StoreReader, StoreWriter
 from agentrl.trajectory import Outcome, Sampling, ToolCall, ToolResult, ToolUse, Trajectory, Turn
 from agentrl.viewer import server
 from agentrl.viewer.app import make_app
-from agentrl.viewer.peer import Peers, owner
+from agentrl.viewer.peer import Peers, owner, owner_asked
 from agentrl.viewer.security import cookie_name
 
 HOSTILE = [
@@ -297,10 +297,12 @@ def test_a_socket_that_its_owner_left_is_nobodys() -> None:
             with listener.accept()[0] as line:
                 client = line.getpeername()[:2]
                 assert line.recv(100)
-                assert owner(client, server) is None and not Peers().ours(client, server)
+                assert owner(client, server) is None is owner_asked(client, server) and not Peers().ours(client, server)
             with socket.create_connection(server) as mine, listener.accept()[0]:
                 client = mine.getsockname()[:2]
-                assert owner(client, server) == os.geteuid() and Peers().ours(client, server)
+                assert owner(client, server) == os.geteuid() == owner_asked(client, server) and Peers().ours(
+                    client, server
+                )
                 assert not Peers().ours((host, 1), server)
                 assert Peers((Path("/nowhere"),)).ours((host, 1), server)  # a system that does not tell
 
