@@ -18,6 +18,7 @@ from pathlib import Path
 
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 _SOCK_DIAG, _BY_FAMILY, _ANY = 4, 20, 0xFFFFFFFF  # NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY
+_LISTENING = 10  # a server's socket, which the kernel offers where there is no connection
 _REMEMBERED = 4096  # connections
 Address = tuple[str, int]
 
@@ -84,8 +85,8 @@ def owner_asked(client: Address, server: Address) -> int | None:
                 line.send(struct.pack("=IHHII", 16 + len(asked), _BY_FAMILY, 1, 0, 0) + asked)
                 answer = line.recv(4096)
                 if struct.unpack_from("=IH", answer)[1] == _BY_FAMILY:
-                    uid, inode = struct.unpack_from("=II", answer, 16 + 4 + 48 + 12)
-                    return int(uid) if inode else None
+                    state, uid, inode = struct.unpack_from("=xB66x12xII", answer, 16)
+                    return int(uid) if inode and state != _LISTENING else None
     except (OSError, AttributeError, struct.error):
         return None
     return None
