@@ -85,7 +85,7 @@ def owner_asked(client: Address, server: Address) -> int | None:
                 line.send(struct.pack("=IHHII", 16 + len(asked), _BY_FAMILY, 1, 0, 0) + asked)
                 answer = line.recv(4096)
                 if struct.unpack_from("=IH", answer)[1] == _BY_FAMILY:
-                    state, uid, inode = struct.unpack_from("=xB66x12xII", answer, 16)
+                    state, uid, inode = struct.unpack_from("=xB62xII", answer, 16)
                     return int(uid) if inode and state != _LISTENING else None
     except (OSError, AttributeError, struct.error):
         return None

@@ -109,7 +109,10 @@ class Run:
 
     def _begun(self) -> bool:
         """Whether anything was ever stored."""
-        return any((self.folder / "seg").glob("*.bin")) or (self.folder / index.NAME).exists()
+        try:
+            return any((self.folder / "seg").glob("*.bin")) or (self.folder / index.NAME).exists()
+        except OSError:  # the system gives no more files
+            return True
 
     @property
     def trouble(self) -> str | None:
