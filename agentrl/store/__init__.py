@@ -11,6 +11,7 @@ from agentrl.store.collector import Collector
 from agentrl.store.credit import Credit
 from agentrl.store.export import as_json, export_jsonl
 from agentrl.store.frames import DamagedFrame
+from agentrl.store.journal import Flight
 from agentrl.store.key import EpisodeKey
 from agentrl.store.query import SORTS, Filter, Sort
 from agentrl.store.reader import Cursor, Entry, Page, Sibling, StoreReader, Tokens
@@ -28,6 +29,7 @@ __all__ = [
     "Entry",
     "EpisodeKey",
     "Filter",
+    "Flight",
     "Page",
     "Run",
     "RunFolder",

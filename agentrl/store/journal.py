@@ -1,27 +1,39 @@
 """The journal: turns of episodes in flight, written ahead so that a killed run can replay them.
 
 An append-only file beside the segments, seg/<writer>-<n>.turns, never synced: it outlives the
-process, not the machine. Each episode's turns are self-contained from its first frame on. Once an
-episode is finished and stored, its frames are dead; when most of the file is dead, what lives is
-copied to the next file and the old one goes.
+process, not the machine. Each episode's turns are self-contained from its first frame on: token ids
+whose text the store does not have yet bring it along. Once an episode is finished and stored, its
+frames are dead; when most of the file is dead, what lives is copied to the next file and the old
+one goes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from agentrl.store.codec import SpanTable, spans_of, turn_in, turn_out
-from agentrl.store.frames import Encoder, Frame, Kind, frames_of, unpack
+from agentrl.store.frames import Encoder, Frame, Kind, frames_of, parse, unpack
 from agentrl.store.key import EpisodeKey
 from agentrl.store.segments import Segment, number_of, series
-from agentrl.trajectory import Context, Span, Turn
+from agentrl.trajectory import Context, Ids, Span, Turn
 
 SUFFIX = "turns"
+Words = Callable[[Ids], Sequence[tuple[int, str]]]  # ids -> (id, text) of those that the store has no text of yet
 _SLACK = 8 << 20  # bytes of dead frames that are not worth a copy
+
+
+class Flight(NamedTuple):
+    """An episode in flight: its turns from turn 0 on, and the text of ids that the store may not have yet."""
+
+    key: EpisodeKey
+    turns: list[Turn]
+    pieces: dict[int, str]
 
 
 @dataclass(slots=True)
@@ -55,7 +67,7 @@ class Journal:
         for path in old:
             path.unlink()
 
-    def append(self, key: EpisodeKey, index: int, turn: Turn) -> None:
+    def append(self, key: EpisodeKey, index: int, turn: Turn, words: Words | None = None) -> None:
         """Write turn `index` of an episode. Writing an index again replaces that turn and drops later ones."""
         episode = self._open.get(key)
         fresh = episode is None or episode.next != index
@@ -67,7 +79,8 @@ class Journal:
         table = episode.table
         what, read = turn_out(turn, episode.context, table)
         arrays, sizes = table.arrays()
-        body = self._encoder.pack((what, read, table.rows, sizes, arrays))
+        fresh_words = words(np.frombuffer(arrays, "<i4", sizes[0] // 4)) if words is not None and sizes[0] else ()
+        body = self._encoder.pack((what, read, table.rows, sizes, arrays, fresh_words))
         table.clear()
         meta = (*_meta(key), index, fresh)
         episode.context, episode.next = turn.context, index + 1
@@ -130,12 +143,19 @@ def _key(meta: list[Any]) -> EpisodeKey:
     return EpisodeKey(stage, step, split, task, sample, tuple(branch), attempt)
 
 
-def _alive(blobs: Iterable[bytes], *, body: bool = False) -> dict[EpisodeKey, list[tuple[bytes, Frame]]]:
-    """The TURN frames of episodes that nobody gave up, per episode in the order of writing."""
+def _alive(
+    blobs: Iterable[bytes], *, body: bool = False, only: str | None = None
+) -> dict[EpisodeKey, list[tuple[bytes, Frame]]]:
+    """The TURN frames of episodes (or of the one with id `only`) that nobody gave up, each in the order of writing."""
     found: dict[str, dict[EpisodeKey, list[tuple[bytes, Frame]]]] = {}
     for data in blobs:
-        for frame in frames_of(data, body=body):
+        for frame in frames_of(data, body=body and only is None):
             key = _key(frame.meta)
+            if only is not None:
+                whole = parse(data, frame.offset, body=body) if key.id == only else None
+                if whole is None:
+                    continue
+                frame = whole
             attempts = found.setdefault(key.id, {})
             if frame.kind == Kind.TURN:
                 attempts.setdefault(key, []).append((data, frame))
@@ -146,27 +166,42 @@ def _alive(blobs: Iterable[bytes], *, body: bool = False) -> dict[EpisodeKey, li
 
 def read_journals(folder: Path) -> dict[EpisodeKey, list[Turn]]:
     """The turns in flight, per episode in order from turn 0; stored episodes may be among them."""
+    found = _alive(_blobs(folder), body=True)
+    return {key: turns for key, frames in found.items() if (turns := _turns([frame for _, frame in frames])[0])}
+
+
+def read_flight(folder: Path, id: str) -> Flight | None:
+    """The latest attempt of one episode in flight; it may be stored already. None where there is none."""
+    found = _alive(_blobs(folder), body=True, only=id)
+    latest = max(found, key=lambda key: key.attempt, default=None)
+    if latest is None:
+        return None
+    turns, pieces = _turns([frame for _, frame in found[latest]])
+    return Flight(latest, turns, pieces) if turns else None
+
+
+def _blobs(folder: Path) -> list[bytes]:
     while True:
         paths = sorted(folder.glob(f"*.{SUFFIX}"), key=number_of)
         try:
-            blobs = [path.read_bytes() for path in paths]
+            return [path.read_bytes() for path in paths]
         except FileNotFoundError:  # tidied away meanwhile: what lived stands in the next file
             continue
-        found = _alive(blobs, body=True)
-        return {key: turns for key, frames in found.items() if (turns := _turns([frame for _, frame in frames]))}
 
 
-def _turns(frames: Iterable[Frame]) -> list[Turn]:
+def _turns(frames: Iterable[Frame]) -> tuple[list[Turn], dict[int, str]]:
     turns: dict[int, Turn] = {}
+    pieces: dict[int, str] = {}
     spans: list[Span | None] = []
     before: Context = ()
     for frame in frames:
         *_, index, fresh = frame.meta
-        what, read, rows, sizes, arrays = unpack(frame.body)
+        what, read, rows, sizes, arrays, *words = unpack(frame.body)
+        pieces.update((token, piece) for part in words for token, piece in part)
         if fresh:
             spans, before = [], ()
             turns = {i: turn for i, turn in turns.items() if i < index}
         spans += spans_of(rows, arrays, sizes, lambda owner, attempt: ())
         turns[index] = turn_in(what, read, before, spans)
         before = turns[index].context
-    return [turns[i] for i in range(len(turns)) if i in turns]
+    return [turns[i] for i in range(len(turns)) if i in turns], pieces

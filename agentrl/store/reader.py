@@ -20,7 +20,7 @@ from agentrl.store import index
 from agentrl.store.codec import TokensNotKept, spans_of, trajectory_in
 from agentrl.store.credit import Credit, credit_in
 from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
-from agentrl.store.journal import read_journals
+from agentrl.store.journal import Flight, read_flight, read_journals
 from agentrl.store.key import EpisodeKey
 from agentrl.store.kinds import Fetch
 from agentrl.store.pool import Pool
@@ -283,6 +283,12 @@ class StoreReader:
             if key.attempt == latest[key.id] > stored[key.id]
         }
 
+    def flight(self, id: str) -> Flight | None:
+        """One episode of `inflight`, with the text of tokens that were never stored yet; None where it is not among
+        them."""
+        found = read_flight(self._folder, id)
+        return found if found is not None and found.key.attempt > self.attempt(id) else None
+
     def finished(self, step: int, stage: str, split: str | None = None) -> list[str]:
         """The ids of a step's stored trajectories that can be loaded whole (`store.tokens` kept them), sorted."""
         among = ""
@@ -319,6 +325,18 @@ class StoreReader:
         else:
             ((n,),) = self._rows(f"SELECT COUNT(*) FROM trajectories{'' if all_attempts else ' WHERE latest'}")
         return int(n)
+
+    def lacking(self) -> list[str]:
+        """The segments that are gone, or shorter than what was indexed of them: their trajectories cannot be loaded."""
+        out = []
+        for name, indexed in self._rows("SELECT name, indexed FROM segments ORDER BY name"):
+            try:
+                whole = (self._folder / name).stat().st_size >= indexed
+            except OSError:
+                whole = False
+            if not whole:
+                out.append(str(name))
+        return out
 
     def facets(self) -> dict[str, Any]:
         """What lists can be filtered by: {stages, splits, outcomes: {text: count}, steps: {stage: [min, max]},

@@ -140,7 +140,7 @@ class StoreWriter:
         `key.id` must be the id of the trajectory to come. A branch writes the turns it inherits, too.
         """
         with self._lock, self._guard():
-            self._journal.append(key, index, turn)
+            self._journal.append(key, index, turn, self._unknown if self._pieces_of is not None else None)
 
     def forget(self, key: EpisodeKey) -> None:
         """The episode will never finish (cancelled, superseded): it is no longer in flight."""
@@ -353,12 +353,15 @@ class StoreWriter:
         """Add the text of ids that the run has not seen before."""
         if self._pieces_of is None or not batch.ids:
             return
-        ids = np.frombuffer(b"".join(batch.ids), "<i4")
+        batch.pieces = self._unknown(np.frombuffer(b"".join(batch.ids), "<i4"))
+        if batch.pieces:
+            batch.put(self._encoder.frame(Kind.PIECES, (), self._encoder.pack(list(zip(*batch.pieces, strict=True)))))
+
+    def _unknown(self, ids: Ids) -> list[tuple[int, str]]:
+        """The text of those ids that are not stored yet."""
         self._grow(int(ids.max(initial=0)) + 1)
         fresh = np.unique(ids[~self._seen[ids]]).astype(np.int32)
-        if fresh.size:
-            batch.pieces = list(zip(fresh.tolist(), self._texts_of(fresh), strict=True))
-            batch.put(self._encoder.frame(Kind.PIECES, (), self._encoder.pack(list(zip(*batch.pieces, strict=True)))))
+        return list(zip(fresh.tolist(), self._texts_of(fresh), strict=True))
 
     def _texts_of(self, ids: Ids) -> list[str]:
         """The pieces of `ids`; each id is asked for once in a run."""

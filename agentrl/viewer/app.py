@@ -12,6 +12,7 @@ import re
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, fields
@@ -27,16 +28,18 @@ from starlette.types import ASGIApp
 
 import agentrl
 from agentrl.errors import AgentRLError, UsageError
-from agentrl.store import SORTS, Cursor, Entry, Filter, Sort, StoreReader
+from agentrl.store import SORTS, Cursor, Entry, Filter, Flight, Sort, StoreReader
 from agentrl.store.export import export_one
+from agentrl.trajectory import Outcome, Trajectory
 from agentrl.viewer import live, pages, rows
 from agentrl.viewer.answers import Files, Json, refusal
 from agentrl.viewer.explain import explain
 from agentrl.viewer.jobs import Jobs
+from agentrl.viewer.live import Live, Place
 from agentrl.viewer.openapi import openapi
 from agentrl.viewer.params import BadRequest, Param, parse
 from agentrl.viewer.runs import Run, Runs
-from agentrl.viewer.search import snippet
+from agentrl.viewer.search import snippets
 from agentrl.viewer.security import LOOPBACK, Guard
 
 STATIC = Path(__file__).parent / "static"
@@ -44,6 +47,7 @@ _IMAGES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
 BINARY = "application/octet-stream"
 FORMS = ("json", "jsonl", "html")
 _MOST = 500  # entries of one page
+_SIBLINGS = 2000  # that a trajectory names
 
 RUN = Param("run", required=True)
 ID = Param("id", required=True)
@@ -77,9 +81,17 @@ class Viewer:
 
     runs: Runs
     jobs: Jobs
+    live: Live = field(default_factory=Live)
     stopped: threading.Event = field(default_factory=threading.Event)
     replay: Replay = lambda *words: replay_command(*words)
-    facets: dict[str, tuple[int, dict[str, Any]]] = field(default_factory=dict)
+    facets: weakref.WeakKeyDictionary[StoreReader, tuple[int, dict[str, Any]]] = field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+
+    def stop(self) -> None:
+        """End what would keep the server from ending. May be called from a signal's handler."""
+        self.stopped.set()
+        self.live.stop()
 
     def run(self, key: str) -> Run:
         run = self.runs.get(key)
@@ -94,6 +106,13 @@ class Viewer:
             raise BadRequest(run.trouble or "this run has no trajectories", 404)
         return reader
 
+    def look(self) -> None:
+        """Look at every run once, so that the first page does not have to wait for it."""
+        for run in self.runs.all():
+            if self.stopped.is_set():
+                return
+            run.facts()
+
     def entry(self, asked: Mapping[str, Any], id: str = "id", run: str | None = None) -> tuple[StoreReader, Entry]:
         reader = self.reader(run or asked["run"])
         try:
@@ -106,7 +125,8 @@ class Viewer:
 
 
 def get_runs(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
-    return {"runs": [run.facts() for run in viewer.runs.all()], "version": agentrl.__version__}
+    runs = viewer.runs.all()
+    return {"runs": [run.facts() for run in runs], "left_out": viewer.runs.left_out, "version": agentrl.__version__}
 
 
 def get_run(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
@@ -130,16 +150,15 @@ def get_trajectories(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
         after=cursor_in(asked["after"], sort),
         limit=asked["limit"] or 100,
     )
-    took = time.perf_counter() - began
     entries = [pages.entry_json(entry) for entry in page.entries]
     if asked["q"]:
-        for entry, line in zip(page.entries, entries, strict=True):
-            line["snippet"] = snippet(reader, entry, asked["q"])
+        for line, found in zip(entries, snippets(reader, page.entries, asked["q"]), strict=True):
+            line["snippet"] = found
     return {
         "entries": entries,
         "next": cursor_out(page.next, sort),
         "last": cursor_out(page.last, sort),
-        "took_ms": round(1e3 * took, 3),
+        "took_ms": round(1e3 * (time.perf_counter() - began), 3),
     }
 
 
@@ -147,9 +166,9 @@ def get_facets(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     reader = viewer.reader(asked["run"])
     newest = reader.trajectories(descending=True, limit=1, all_attempts=True).last
     at = newest.rowid if newest else 0
-    known = viewer.facets.get(asked["run"])
+    known = viewer.facets.get(reader)
     if known is None or known[0] != at:
-        viewer.facets[asked["run"]] = known = (at, reader.facets())
+        viewer.facets[reader] = known = (at, reader.facets())
     return known[1]
 
 
@@ -158,52 +177,81 @@ def get_trajectory(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     trajectory = pages.load(reader, entry.id, entry.attempt)
     view = rows.view_of(trajectory)
     pieces = reader.pieces(view.ids.tolist()) if view is not None else {}
-    siblings = [sibling.id for sibling in reader.trajectories(group=entry.group_id, limit=2000).entries]
-    at = siblings.index(entry.id) if entry.id in siblings else -1
+    group = reader.trajectories(group=entry.group_id, limit=_SIBLINGS)
     return {
         "entry": pages.entry_json(entry),
         **pages.trajectory_json(trajectory, view, pieces),
+        "rescored": viewer.run(asked["run"]).rescored.of(entry.id, entry.attempt),
         "attempts": reader.attempts(entry.id),
-        "prev": siblings[at - 1] if at > 0 else None,
-        "next": siblings[at + 1] if 0 <= at < len(siblings) - 1 else None,
-        "siblings": siblings,
+        "prev": _beside(reader, entry, -1),
+        "next": _beside(reader, entry, 1),
+        "siblings": [sibling.id for sibling in group.entries],
+        "siblings_left_out": pages.rest(reader, entry.group_id, group),
         "credit": [pages.credit_json(credit) for credit in reader.credits(id=entry.id, attempt=entry.attempt)],
         "live": False,
     }
 
 
+def _beside(reader: StoreReader, entry: Entry, way: int) -> str | None:
+    """The sibling before or after."""
+    row = (entry if entry.latest else reader.entry(entry.id)).rowid  # lists show the latest attempt
+    at = Cursor(row, row)
+    found = reader.trajectories(group=entry.group_id, after=at, descending=way < 0, limit=1).entries
+    return found[0].id if found else None
+
+
 def get_inflight(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     """An episode that is still at play, as far as it has come."""
-    from agentrl.trajectory import Outcome, Trajectory
-
-    reader = viewer.reader(asked["run"])
-    for key, turns in reader.inflight().items():
-        if key.id == asked["id"]:
-            trajectory = Trajectory(key.id, key.group_id, key.task_id, tuple(turns), Outcome("completed"), 0)
-            view = rows.view_of(trajectory)
-            pieces = reader.pieces(view.ids.tolist()) if view is not None else {}
-            page = pages.trajectory_json(trajectory, view, pieces)
-            return {**page, "outcome": None, "entry": live.flight_json(key, turns), "credit": [], "live": True}
-    raise BadRequest(f"no episode {asked['id'][:80]!r} is in flight", 404)
+    reader, flight = _flight(viewer, asked)
+    trajectory = _unfinished(flight)
+    view = rows.view_of(trajectory)
+    page = pages.trajectory_json(trajectory, view, _pieces(reader, flight, view))
+    return {**page, "outcome": None, "entry": live.entry_of(flight), "credit": [], "live": True}
 
 
 def get_tokens(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
-    reader, entry = viewer.entry(asked)
-    trajectory = pages.load(reader, entry.id, entry.attempt)
+    """The arrays of a stored trajectory, or of an episode that is still at play."""
+    credit, known = None, {}
+    try:
+        reader, entry = viewer.entry(asked)
+        trajectory = pages.load(reader, entry.id, entry.attempt)
+        credit = _credit(reader, entry, asked["step"])
+    except BadRequest as error:
+        if error.status != 404 or asked["attempt"] is not None:
+            raise
+        reader, flight = _flight(viewer, asked)
+        trajectory, known = _unfinished(flight), flight.pieces
     view = rows.view_of(trajectory)
     if view is None:
         raise BadRequest("the tokens of this trajectory were not kept (store.tokens), or it has none", 404)
     turn = asked["turn"]
     span = (0, int(view.ids.size))
     if turn not in (None, "all"):
-        if not turn.isdigit() or int(turn[:9]) >= len(trajectory.turns):
+        if not re.fullmatch("[0-9]{1,9}", turn) or int(turn) >= len(trajectory.turns):
             raise BadRequest(f"turn is all, or a number from 0 to {len(trajectory.turns) - 1}")
         number = int(turn)
         span = (view.outputs[number - 1][1] if number else 0, view.outputs[number][1])
-    credit = _credit(reader, entry, asked["step"])
-    pieces = reader.pieces(view.ids[span[0] : span[1]].tolist())
+    pieces = {**known, **reader.pieces(view.ids[span[0] : span[1]].tolist())}
     body = rows.packed(view, rows.arrays_of(view, credit), pieces, span)
     return Response(body, media_type=BINARY)
+
+
+def _flight(viewer: Viewer, asked: Mapping[str, Any]) -> tuple[StoreReader, Flight]:
+    reader = viewer.reader(asked["run"])
+    found = reader.flight(asked["id"])
+    if found is None:
+        raise BadRequest(f"no trajectory {asked['id'][:200]!r} is stored or in flight", 404)
+    return reader, found
+
+
+def _unfinished(flight: Flight) -> Trajectory:
+    """A flight as a trajectory; its outcome says nothing yet."""
+    key = flight.key
+    return Trajectory(key.id, key.group_id, key.task_id, tuple(flight.turns), Outcome("completed"), 0)
+
+
+def _pieces(reader: StoreReader, flight: Flight, view: rows.View | None) -> dict[int, str]:
+    return {} if view is None else {**flight.pieces, **reader.pieces(view.ids.tolist())}
 
 
 def get_group(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
@@ -214,7 +262,10 @@ def get_group(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
 
 
 def get_tree(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
-    found = pages.tree_json(viewer.reader(asked["run"]), asked["group"], asked["step"])
+    reader = viewer.reader(asked["run"])
+    found_forks = viewer.runs.forks(viewer.run(asked["run"]))
+    forks = [(fork.key, source, other) for fork, source in found_forks if (other := fork.reader) is not None]
+    found = pages.tree_json(reader, asked["group"], asked["step"], forks)
     if found is None:
         raise BadRequest(f"there is no group {asked['group'][:80]!r}", 404)
     return found
@@ -223,7 +274,12 @@ def get_tree(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
 def get_diff(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     one, a = viewer.entry(asked, "a")
     other, b = viewer.entry(asked, "b", asked["run_b"])
-    return pages.diff_json(pages.load(one, a.id, a.attempt), pages.load(other, b.id, b.attempt))
+    left, right = pages.load(one, a.id, a.attempt), pages.load(other, b.id, b.attempt)
+    ids = pages.words_of(left) | pages.words_of(right)
+    mine = one.pieces(ids)
+    theirs = mine if other is one else other.pieces(ids)
+    same_words = all(theirs.get(token, piece) == piece for token, piece in mine.items())
+    return pages.diff_json(left, right, (mine, theirs), same_words=same_words)
 
 
 def get_explain(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
@@ -369,8 +425,10 @@ def inner_app(folders: Sequence[Path], *, static: Path = STATIC) -> Starlette:
 
     @asynccontextmanager
     async def life(app: Starlette) -> AsyncIterator[None]:
+        looking = asyncio.create_task(asyncio.to_thread(viewer.look))
         yield
-        viewer.stopped.set()
+        viewer.stop()
+        await looking
         await asyncio.to_thread(viewer.jobs.close)
         viewer.runs.close()
 
@@ -380,14 +438,13 @@ def inner_app(folders: Sequence[Path], *, static: Path = STATIC) -> Starlette:
             run = await asyncio.to_thread(viewer.run, asked["run"])
         except BadRequest as error:
             return refusal(error.status, str(error))
-        since = asked["since"]
-        if since is None:
-            last = request.headers.get("last-event-id", "")
-            since = int(last) if re.fullmatch(r"\d{1,15}", last) else 0
+        if viewer.live.full:
+            return refusal(503, f"{live.STREAMS} live pages are open already; close some, and load this one again")
+        since = Place(asked["since"] or 0)
+        # A browser that lost the connection asks again with the same address, and says what it heard last.
+        place = live.place_of(request.headers.get("last-event-id", "")) or since
         return StreamingResponse(
-            live.events(run, since, viewer.stopped.is_set),
-            media_type="text/event-stream",
-            headers={"x-accel-buffering": "no"},
+            viewer.live.events(run, place), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
         )
 
     async def replay(request: Request) -> Response:
@@ -471,7 +528,12 @@ def _replay(viewer: Viewer, body: dict[str, Any]) -> tuple[Sequence[str], Path |
     say = body.get("say")
     if say is not None:
         say = say.encode("utf-8", "replace").decode()
-    folder = viewer.run(body["run"]).folder
+    run = viewer.run(body["run"])
+    folder = run.folder
+    if run.read_only:
+        raise BadRequest(
+            f"{folder} is write-protected; copy it to a place that you may write to, and replay there", 409
+        )
     out = viewer.runs.fork_of(folder) if body["mode"] == "fork" else None
     return viewer.replay(folder, entry.id, turn, say, out), out
 

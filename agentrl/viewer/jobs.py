@@ -54,7 +54,10 @@ class Job:
 
 
 def table_of(replayed: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """{turn, same, field, recorded, replayed} for each turn that was compared, from `agentrl replay --json`."""
+    """{turn, same, field, recorded, replayed} for each turn that was compared, from `agentrl replay --json`.
+
+    `turn` is null where all turns came out the same and what followed them did not (the outcome, the score).
+    """
     difference = replayed.get("difference")
     turns = replayed.get("turns")
     count = turns if isinstance(turns, int) else 0
@@ -68,7 +71,7 @@ def table_of(replayed: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [
         *rows,
         {
-            "turn": until,
+            "turn": None if at is None and difference.get("what") != "environment" else until,
             "same": False,
             "field": difference.get("what"),
             "recorded": difference.get("recorded"),

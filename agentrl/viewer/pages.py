@@ -7,24 +7,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from agentrl.store import Credit, Entry, StoreReader, TokensNotKept
+from agentrl.store import Credit, Entry, Page, StoreReader, TokensNotKept
 from agentrl.trajectory import Ids, Trajectory, Turn
-from agentrl.viewer.rows import View, shared, view_of
+from agentrl.viewer.rows import View, common, shared, view_of
 
 _THINKING = re.compile(
     r"<(think|thinking|reasoning|thought)>(.*?)(?:</\1>|\Z)|\[THINK\](.*?)(?:\[/THINK\]|\Z)", re.DOTALL
 )
+_ENTRY = tuple(Entry.__dataclass_fields__)
+_MEMBERS = 1000  # of a group that are shown
 Pieces = Mapping[int, str]
 
 
 def entry_json(entry: Entry) -> dict[str, Any]:
     """A line of the list."""
-    return asdict(entry)
+    return {name: getattr(entry, name) for name in _ENTRY}
 
 
 def thinking_of(text: str) -> str | None:
@@ -144,32 +146,33 @@ def group_json(reader: StoreReader, group: str, step: int | None, stage: str | N
     """The siblings of a prompt side by side, with what they share; None where there is no such group.
 
     `shared` counts the tokens (and whole turns) that all of them begin with. `first_divergence` says for
-    each where it leaves the last of the siblings that went its way: `turn`, `token` within that turn's
-    output (-1 where it lies in the context before it), `at` in its row of tokens.
+    each where it leaves the last of the siblings that went its way: `turn`, `token` among that turn's sampled
+    ones (-1 where it lies in the context before it), `at` in its row of tokens; null where it never does, since a
+    sibling begins with all its tokens. `identical` names for each the first sibling with exactly the same tokens.
+    `left_out` counts the members beyond the first 1000. One trajectory is in memory at a time.
     """
-    credits = reader.credits(group=group, step=step, stage=stage)
-    if step is None and credits:
-        last = max(c.step for c in credits)
-        credits = [c for c in credits if c.step == last]
+    everything = reader.credits(group=group, stage=stage)
+    last = max((c.step for c in everything), default=None) if step is None else step
+    credits = [c for c in everything if c.step == last]
     members: list[dict[str, Any]] = []
     views: list[View | None] = []
     entries: list[Entry] = []
-    page = reader.trajectories(group=group, limit=1000)
+    page = reader.trajectories(group=group, limit=_MEMBERS)
     found: list[tuple[int, str, int, str, Credit | None]]
     if credits:
         found = [(c.member, c.id, c.attempt, c.source, c) for c in credits]
     else:
         found = [(i, e.id, e.attempt, e.source, None) for i, e in enumerate(page.entries)]
-    trajectories: list[Trajectory] = []
-    for number, id, attempt, source, credit in found:
+    left_out = len(found) - _MEMBERS if credits else rest(reader, group, page)
+    for number, id, attempt, source, credit in found[:_MEMBERS]:
         try:
             entry = reader.entry(id, attempt)
         except KeyError:
             continue
         trajectory = load(reader, id, attempt)
         entries.append(entry)
-        trajectories.append(trajectory)
-        views.append(view_of(trajectory))
+        view = view_of(trajectory)
+        views.append(None if view is None else replace(view, spans=()))
         members.append(
             {
                 "member": number, "id": id, "attempt": attempt, "source": source,
@@ -199,17 +202,40 @@ def group_json(reader: StoreReader, group: str, step: int | None, stage: str | N
         "prompt": prompt,
         "step": credits[0].step if credits else entries[0].step,
         "stage": credits[0].stage if credits else entries[0].stage,
-        "steps": sorted({c.step for c in reader.credits(group=group)}),
+        "steps": sorted({c.step for c in everything}),
         "draw": plain(credits[0].draw) if credits else {},
         "zero_variance": len(rewards) > 1 and max(rewards) - min(rewards) <= 1e-9,
         "members": members,
+        "left_out": max(0, left_out),
         "shared": {"tokens": common, "turns": first.turns_within(common) if first is not None else 0},
         "first_divergence": {
             member["id"]: view.place(at)
             for member, view, at in zip(members, views, splits, strict=True)
             if view is not None and at is not None
         },
+        "identical": alike([None if view is None else view.ids for view in views], [m["id"] for m in members]),
     }
+
+
+def rest(reader: StoreReader, group: str, page: Page) -> int:
+    """How many trajectories of a group come after a page of its list."""
+    n = 0
+    while page.next is not None:
+        page = reader.trajectories(group=group, after=page.next, limit=_MEMBERS)
+        n += len(page.entries)
+    return n
+
+
+def alike(rows: Sequence[Ids | None], names: Sequence[str]) -> dict[str, str]:
+    """For each row that stood there before, token for token: its name and that of the first."""
+    first: dict[bytes, str] = {}
+    out: dict[str, str] = {}
+    for row, name in zip(rows, names, strict=True):
+        if row is not None:
+            earlier = first.setdefault(row.tobytes(), name)
+            if earlier != name:
+                out[name] = earlier
+    return out
 
 
 def load(reader: StoreReader, id: str, attempt: int | None) -> Trajectory:
@@ -220,13 +246,50 @@ def load(reader: StoreReader, id: str, attempt: int | None) -> Trajectory:
         return reader.get(id, attempt, tokens=False)
 
 
-def tree_json(reader: StoreReader, group: str, step: int | None) -> dict[str, Any] | None:
-    """The branches of a group, parents first; `turn` and `token` are where a branch left its parent."""
+def tree_json(
+    reader: StoreReader, group: str, step: int | None, forks: Sequence[tuple[str, str, StoreReader]] = ()
+) -> dict[str, Any] | None:
+    """The branches of a group, parents first; `turn` and `token` are where a branch left its parent.
+
+    `forks` are runs that were forked from this one, sources first: (number, the number of its source or "" for this
+    run, reader). Their branches come in, too, each with its `run`. Two forks of one turn have the same id, so that
+    nodes are told apart by `key`, and `under` is the key of the parent. `left_out` counts those beyond 1000 of a run.
+    """
+    left_out = 0
+    nodes: dict[str, dict[str, Any]] = {}
+    for run, source, other in (("", "", reader), *forks):
+        found, more = _nodes(other, group, step if not run else None)
+        left_out += more
+        fresh = [
+            node for node in found if not run or f"{source} {node['id']}" not in nodes
+        ]  # what was forked is in both
+        here = {node["id"] for node in fresh}
+        for node in fresh:
+            id, parent = node["id"], node["parent"]
+            nodes[f"{run} {id}"] = {
+                **node,
+                "run": run or None,
+                "key": f"{run} {id}",
+                "under": None if parent is None else f"{run if parent in here else source} {parent}",
+            }
+    if not nodes:
+        return None
+
+    def depth(key: str | None) -> int:
+        found = 0
+        while key in nodes and found < len(nodes):
+            key, found = nodes[key]["under"], found + 1
+        return found
+
+    return {"nodes": sorted(nodes.values(), key=lambda node: depth(node["key"])), "left_out": left_out}
+
+
+def _nodes(reader: StoreReader, group: str, step: int | None) -> tuple[list[dict[str, Any]], int]:
     credits = {c.id: c for c in reader.credits(group=group, step=step)}
     nodes: list[dict[str, Any]] = []
-    for entry in reader.trajectories(group=group, limit=1000).entries:
-        trajectory = reader.get(entry.id, entry.attempt, tokens=False)
-        counts = load(reader, entry.id, entry.attempt)
+    page = reader.trajectories(group=group, limit=_MEMBERS)
+    for entry in page.entries:
+        trajectory = load(reader, entry.id, entry.attempt)
         credit = credits.get(entry.id)
         fork = trajectory.fork
         nodes.append(
@@ -242,39 +305,40 @@ def tree_json(reader: StoreReader, group: str, step: int | None) -> dict[str, An
                 "turns": [
                     {
                         "index": i,
-                        "n_sampled": whole.n_sampled,
+                        "n_sampled": turn.n_sampled,
                         "calls": [use.call.name for use in turn.tools],
                         "error": turn.error,
                         "inherited": fork is not None and i < fork.turn,
                     }
-                    for i, (turn, whole) in enumerate(zip(trajectory.turns, counts.turns, strict=True))
+                    for i, turn in enumerate(trajectory.turns)
                 ],
             }
         )
-    if not nodes:
-        return None
-    parents = {node["id"]: node["parent"] for node in nodes}
-
-    def depth(id: object) -> int:
-        found = 0
-        while parents.get(id) in parents and found < len(parents):
-            id, found = parents[id], found + 1
-        return found
-
-    nodes.sort(key=lambda node: depth(node["id"]))
-    return {"nodes": nodes}
+    return nodes, rest(reader, group, page)
 
 
 # -- two trajectories --------------------------------------------------------------------------------
 
 
-def diff_json(a: Trajectory, b: Trajectory) -> dict[str, Any]:
-    """Two trajectories turn by turn. `first_token`: the first sampled token of the turn in which they differ."""
+def diff_json(
+    a: Trajectory, b: Trajectory, pieces: tuple[Pieces, Pieces] = ({}, {}), *, same_words: bool = True
+) -> dict[str, Any]:
+    """Two trajectories turn by turn. `first_token`: which of the turn's sampled tokens is the first to differ, -1 where
+    the prompt before them does; `contexts` then has both texts of what is new in it.
+
+    Without `same_words` (two runs whose token ids mean different texts) texts are compared, and no token is named.
+    """
     turns = []
     first: dict[str, Any] | None = None
+    prompts = [_prompts(t) for t in (a, b)]
     for index in range(max(len(a.turns), len(b.turns))):
         pair = [t.turns[index] if index < len(t.turns) else None for t in (a, b)]
-        same, token = _same(*pair)
+        before = [None if ids is None or index >= len(ids) else ids[index] for ids in prompts]
+        texts = [None if ids is None else text_of(ids, words) for ids, words in zip(before, pieces, strict=True)]
+        one, other = texts if not same_words else [None if ids is None else ids.tobytes() for ids in before]
+        same, token = _same(*pair, ids=same_words)
+        if None not in (one, other) and one != other:
+            same, token = False, -1
         if not same and first is None:
             first = {"turn": index, "token": token}
         turns.append(
@@ -284,26 +348,46 @@ def diff_json(a: Trajectory, b: Trajectory) -> dict[str, Any]:
                 "a": None if pair[0] is None else turn_json(index, pair[0]),
                 "b": None if pair[1] is None else turn_json(index, pair[1]),
                 "first_token": token,
+                "contexts": texts if token == -1 else None,
             }
         )
-    return {"turns": turns, "first": first}
+    return {"turns": turns, "first": first, "same_words": same_words}
 
 
-def _same(a: Turn | None, b: Turn | None) -> tuple[bool, int | None]:
+def _prompts(trajectory: Trajectory) -> list[Ids] | None:
+    """What each turn's context adds to what stood there before, None where tokens were not kept."""
+    view = view_of(trajectory)
+    if view is None:
+        return None
+    starts = [0, *(stop for _, stop in view.outputs)]
+    return [view.ids[start:stop] for start, (stop, _) in zip(starts, view.outputs, strict=False)]
+
+
+def _same(a: Turn | None, b: Turn | None, *, ids: bool) -> tuple[bool, int | None]:
     if a is None or b is None:
         return False, None
-    one, other = ([span.ids for span in turn.output] for turn in (a, b))
-    left = np.concatenate(one) if one else np.zeros(0, np.int32)
-    right = np.concatenate(other) if other else np.zeros(0, np.int32)
-    n = min(left.size, right.size)
-    differs = np.flatnonzero(left[:n] != right[:n])
-    if differs.size:
-        return False, int(differs[0])
-    if left.size != right.size:
-        return False, n
+    if ids and (token := _first_token(a, b)) is not None:
+        return False, token
     results = [[(use.call.name, use.result.text, use.result.error) for use in turn.tools] for turn in (a, b)]
     same = a.text == b.text and a.observation == b.observation and results[0] == results[1] and a.reward == b.reward
     return same, None
+
+
+def _first_token(a: Turn, b: Turn) -> int | None:
+    one, other = ([span.ids for span in turn.output] for turn in (a, b))
+    left = np.concatenate(one) if one else np.zeros(0, np.int32)
+    right = np.concatenate(other) if other else np.zeros(0, np.int32)
+    n = common(left, right)
+    if n == left.size == right.size:
+        return None
+    sampled = [span.origin == "sampled" for span in a.output for _ in range(len(span))]
+    return sum(sampled[:n])
+
+
+def words_of(trajectory: Trajectory) -> set[int]:
+    """The token ids that were seen or spoken in it."""
+    view = view_of(trajectory)
+    return set() if view is None else set(np.unique(view.ids).tolist())
 
 
 def plain(value: Any) -> Any:

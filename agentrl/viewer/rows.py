@@ -50,11 +50,15 @@ class View:
     sampled: NDArray[np.int64]
     spans: tuple[tuple[Span, int], ...]  # sampled spans and where they stand
 
-    def place(self, at: int) -> dict[str, int]:
-        """Where token `at` stands: its turn, and its place in that turn's output (-1 in a context)."""
+    def place(self, at: int) -> dict[str, int] | None:
+        """Where token `at` stands: its turn, and how many sampled tokens of that turn stand before it (-1 in a
+        context); None at the end."""
+        if at >= self.ids.size:
+            return None
         for turn, (start, stop) in enumerate(self.outputs):
             if at < stop:
-                return {"turn": turn, "token": at - start if at >= start else -1, "at": at}
+                before = np.count_nonzero((self.sampled >= start) & (self.sampled < at))
+                return {"turn": turn, "token": int(before) if at >= start else -1, "at": at}
         return {"turn": max(0, len(self.outputs) - 1), "token": -1, "at": at}
 
     def turns_within(self, n: int) -> int:

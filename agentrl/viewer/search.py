@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from agentrl.store import Entry, StoreReader
 from agentrl.store.query import words_of
+from agentrl.trajectory import Trajectory
 
 AROUND = 60  # characters on either side of the first hit
+BUDGET = 0.25  # seconds for the snippets of a list
 
 
-def snippet(reader: StoreReader, entry: Entry, query: str) -> list[tuple[str, bool]]:
-    """The text around the first hit, in pieces (text, whether it is a hit); empty where only the prompt has it."""
+def snippets(
+    reader: StoreReader, entries: Sequence[Entry], query: str, *, budget: float = BUDGET
+) -> list[list[tuple[str, bool]] | None]:
+    """The text around the first hit of each, in pieces (text, whether it is a hit); empty where only the prompt has it.
+
+    None from where the time was over: a record may be of any size, and is read whole.
+    """
     words = words_of(query)
     if not words:
-        return []
+        return [[] for _ in entries]
     pattern = re.compile("|".join(rf"\b{re.escape(word)}" for word in words), re.IGNORECASE)
-    trajectory = reader.get(entry.id, entry.attempt, tokens=False)
+    end = time.perf_counter() + budget
+    out: list[list[tuple[str, bool]] | None] = []
+    for entry in entries:
+        late = time.perf_counter() >= end
+        out.append(None if late else _around(reader.get(entry.id, entry.attempt, tokens=False), pattern))
+    return out
 
+
+def _around(trajectory: Trajectory, pattern: re.Pattern[str]) -> list[tuple[str, bool]]:
     def texts() -> Iterator[str]:
         for turn in trajectory.turns:
             yield turn.text

@@ -1,21 +1,22 @@
 """What no request may do, whatever route it asks for.
 
-The viewer listens on this machine, but every page that the user's browser has open can send requests
-there. So the Host must be ours (a foreign name that was made to point here is refused), a request that says
-where it comes from must come from our own pages, and the browser is told to run and load nothing but what the
-server ships. Model output is text in all of this.
+The viewer listens on this machine, but its other users can send requests there, and so can every page that the
+user's browser has open. So without a token the other end of the connection must be ours, the Host must be ours (a
+foreign name that was made to point here is refused), a request that says where it comes from must come from our own
+pages, and the browser is told to run and load nothing but what the server ships. Model output is text in all of this.
 """
 
 from __future__ import annotations
 
 import hmac
 import re
-from http.cookies import CookieError, SimpleCookie
 from urllib.parse import parse_qsl, quote, urlencode
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agentrl.viewer.peer import Peers, is_address
 
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
@@ -47,7 +48,7 @@ class Refused(Exception):
 
 
 class Guard:
-    """ASGI middleware: Host, Origin, token, paths and sizes in; headers out.
+    """ASGI middleware: Host, Origin, owner or token, paths and sizes in; headers out.
 
     `hosts` are the names that the server answers to (any name where empty, which needs a `token`).
     """
@@ -56,6 +57,7 @@ class Guard:
         if not hosts and token is None:
             raise ValueError("a server that answers to any name needs a token")
         self.app, self._hosts, self._token = app, frozenset(host.lower() for host in hosts), token
+        self._peers = Peers()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -87,7 +89,7 @@ class Guard:
         if len(scope.get("query_string", b"")) > LONGEST_QUERY:
             raise Refused(414, f"the query is longer than {LONGEST_QUERY} bytes")
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > LONGEST_BODY or "transfer-encoding" in headers:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > LONGEST_BODY or "transfer-encoding" in headers:
             raise Refused(413, f"a request's body has a known length of at most {LONGEST_BODY} bytes")
         return self._entrance(scope, headers, host)
 
@@ -114,6 +116,7 @@ class Guard:
     def _entrance(self, scope: Scope, headers: Headers, host: str) -> Response | None:
         """With a token: let in who shows it; who brings it in the address gets a cookie and a clean address."""
         if self._token is None:
+            self._peer(scope)
             return None
         cookie = cookie_name(host)
         query = parse_qsl(scope.get("query_string", b"").decode("latin-1"), keep_blank_values=True)
@@ -125,10 +128,22 @@ class Guard:
             answer = RedirectResponse(quote(scope["path"]) + (f"?{rest}" if rest else ""), 303)
             answer.set_cookie(cookie, quote(given[0], safe=""), httponly=True, samesite="strict", path="/")
             return answer
-        shown = headers.get(TOKEN_HEADER) or _cookie(headers, cookie)
-        if shown is None or not self._same(shown):
+        header = headers.get(TOKEN_HEADER)
+        if not any(self._same(shown) for shown in ([header] if header else _cookies(headers, cookie))):
             raise Refused(401, "this server needs its token: open the address that `agentrl view` printed")
         return None
+
+    def _peer(self, scope: Scope) -> None:
+        """Without a token: let in who could read the runs anyway."""
+        client, server = scope.get("client"), scope.get("server")
+        if not client or not server or not is_address(client[0]):  # a test, or a socket that is a file
+            return
+        if not self._peers.ours(client, server):
+            raise Refused(
+                403,
+                "this viewer belongs to another user of the machine; it lets others in when it is started with "
+                "--token SECRET",
+            )
 
     def _same(self, shown: str) -> bool:
         wanted = self._token or ""
@@ -139,15 +154,14 @@ class Guard:
 
 def cookie_name(host: str) -> str:
     """Cookies know no ports: two servers of one machine need two names."""
-    return f"agentrl-{host.rpartition(':')[2] if ':' in host else '80'}"
+    match = _HOST.fullmatch(host)
+    return f"agentrl-{match[2] if match is not None and match[2] else '80'}"
 
 
-def _cookie(headers: Headers, name: str) -> str | None:
-    try:
-        jar = SimpleCookie(headers.get("cookie", ""))
-    except CookieError:
-        return None
-    return jar[name].value if name in jar else None
+def _cookies(headers: Headers, name: str) -> list[str]:
+    """Every value of a cookie. Others on this machine set cookies for us, too, and some are odd: they are passed by."""
+    pairs = (part.partition("=") for text in headers.getlist("cookie") for part in text.split(";"))
+    return [value.strip().strip('"') for key, _, value in pairs if key.strip() == name]
 
 
 def _path(scope: Scope) -> None:

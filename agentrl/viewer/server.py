@@ -9,6 +9,7 @@ import threading
 import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from urllib.parse import quote
 
 from agentrl.errors import UsageError
@@ -36,8 +37,8 @@ def serve(
     try:
         import uvicorn
 
-        from agentrl.viewer.app import make_app
-        from agentrl.viewer.security import LOOPBACK
+        from agentrl.viewer.app import inner_app
+        from agentrl.viewer.security import LOOPBACK, Guard
     except ImportError as error:
         raise UsageError(
             f"the viewer needs {error.name}, which is not installed; run: pip install 'agentrl-framework[viewer]'"
@@ -50,15 +51,25 @@ def serve(
     url = f"http://{f'[{shown}]' if ':' in shown else shown}:{got}/" + (
         f"?token={quote(token, safe='')}" if token else ""
     )
-    app = make_app(folders, hosts=(*LOOPBACK, host) if local else (), token=token)
+    app = inner_app(folders)
+    guard = Guard(app, hosts=(*LOOPBACK, host) if local else (), token=token)
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none"
-    )
+        guard, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=1, ws="none",
+        proxy_headers=False,  # a request may not say itself where it comes from
+    )  # fmt: skip
+
+    class Server(uvicorn.Server):
+        """Ends the streams at once: they would outlast the time that it waits for."""
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            app.state.viewer.stop()
+            super().handle_exit(sig, frame)
+
     say(f"the viewer is at {url} (Ctrl-C ends it)")
     if browser:
         threading.Timer(0.5, webbrowser.open, (url,)).start()
     try:
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config).run(sockets=[listener])
     except KeyboardInterrupt:
         return
 

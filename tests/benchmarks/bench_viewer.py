@@ -65,7 +65,7 @@ def words(rng: np.random.Generator, n: int) -> list[str]:
 def indexed(folder: Path, n: int) -> float:
     """Fill an index with `n` rows; returns seconds."""
     rng = np.random.default_rng(0)
-    (folder / "seg").mkdir(parents=True)
+    (folder / "seg").mkdir(parents=True, exist_ok=True)
     connection = index.connect(folder)
     begun = time.perf_counter()
     for start in range(0, n, 10_000):

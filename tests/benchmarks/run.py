@@ -2,6 +2,7 @@
 
 make bench                                    without peers: nothing else has to be installed
 make bench ARGS="--trl PYTHON --vllm PYTHON"  with the peers, in environments made as peers/README.md says
+make bench ARGS="--pages"                     with the viewer's pages in a browser: playwright and chromium
 make bench ARGS="--servers sglang,vllm"       with the client of these servers, as `agentrl engine install` made them
 """
 
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument("--trl", help="the Python of TRL's environment")
     parser.add_argument("--vllm", help="the Python of vLLM's environment")
     parser.add_argument("--servers", default="", help="sglang,vllm: measure the client of these servers too")
+    parser.add_argument("--pages", action="store_true", help="measure the viewer's pages, too: needs chromium")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     model, runs = given.out / "model", ["--runs", str(given.runs)]
@@ -44,7 +46,10 @@ def main() -> int:
         ("local engine", script("bench_engine.py", *runs, *result("engine"))),
         ("overlapping training", script("bench_async.py", *result("async"))),
         ("one training step", script("bench_step.py", "--model", str(model), *runs, *trl, *result("step"))),
+        ("the store's share of a step", script("bench_share.py", *runs, *result("share"))),
     ]
+    if given.pages:
+        jobs.append(("the viewer's pages", script("bench_pages.py", *result("pages"))))
     for kind in filter(None, given.servers.split(",")):
         client = script("bench_client.py", "--kind", kind, *runs, *result(f"client_{kind}"))
         jobs.append((f"the client of {kind}", client))

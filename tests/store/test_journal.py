@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from agentrl.store import EpisodeKey, StoreReader, StoreWriter, journal
+from agentrl.store.flights import Flights
 
 
 def files(folder: Path) -> list[Path]:
@@ -112,3 +114,62 @@ def test_ids_are_readable_and_never_meet(records: ModuleType) -> None:
     assert replace(where, branch=(1, 0)).id == "rl-12/t0042/3.1.0"
     assert replace(where, split="test").id == "rl-12-test/t0042/3"
     assert replace(where, attempt=2).id == where.id
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_follower_sees_what_a_fresh_look_sees(
+    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Whatever is written, written again, given up, stored or tidied away between its looks."""
+    monkeypatch.setattr(journal, "_SLACK", 3000)
+    rng = np.random.default_rng(seed)
+    made = {n: records.episode(records.key(1, "t", n), turns=4) for n in range(12)}
+    at = dict.fromkeys(made, (0, 0))  # attempt, next turn
+    with StoreWriter(tmp_path) as store, StoreReader(tmp_path) as reader:
+        following = Flights(tmp_path / "seg", reader.attempt)
+        for _ in range(150):
+            n = int(rng.integers(len(made)))
+            attempt, turn = at[n]
+            where = replace(records.key(1, "t", n), attempt=attempt)
+            luck = rng.random()
+            if turn == 4 and luck < 0.8:
+                store.add([replace(made[n], attempt=attempt)], step=1, stage="rl")
+                at[n] = (attempt + 1, 0)
+            elif turn and luck < 0.1:
+                store.forget(where)
+                at[n] = (attempt + 1, 0)
+            else:
+                turn = int(rng.integers(turn)) if turn == 4 or (turn and luck < 0.2) else turn
+                store.turn(where, turn, made[n].turns[turn])
+                at[n] = (attempt, turn + 1)
+            if rng.random() < 0.4:
+                seen = following.look()
+                wanted = reader.inflight()
+                assert list(seen) == list(wanted)
+                for key, turns in wanted.items():
+                    assert [(t.text, t.seconds, t.tools) for t in seen[key]] == [
+                        (t.text, t.seconds, t.tools) for t in turns
+                    ]
+
+
+def test_a_flight_brings_the_text_of_tokens_that_were_never_stored(tmp_path: Path, records: ModuleType) -> None:
+    where = records.key(0, "t", 0)
+    made = records.episode(where, turns=3)
+    ids = {int(token) for turn in made.turns[:2] for span in turn.output for token in span.ids}
+    with (
+        StoreWriter(tmp_path, pieces=lambda asked: [f"<{token}>" for token in asked.tolist()]) as store,
+        StoreReader(tmp_path) as reader,
+    ):
+        assert reader.flight(where.id) is None
+        for index in range(2):
+            store.turn(where, index, made.turns[index])
+        flight = reader.flight(where.id)
+        assert flight is not None and flight.key == where
+        assert records.unlike(made.turns[:2], flight.turns) is None
+        assert not reader.pieces(ids) and all(flight.pieces[token] == f"<{token}>" for token in ids)
+        store.add([made], step=0, stage="rl")
+        assert reader.flight(where.id) is None and reader.pieces(ids).keys() == ids
+        again = replace(where, attempt=1)
+        store.turn(again, 0, made.turns[0])
+        flight = reader.flight(where.id)  # what is stored does not stand in the journal a second time
+        assert flight is not None and flight.key == again and not flight.pieces.keys() & ids

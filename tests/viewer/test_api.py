@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from starlette.testclient import TestClient
 from agentrl.effect import effect_of
 from agentrl.env import Obs
 from agentrl.store import StoreReader, StoreWriter
+from agentrl.trajectory import Span, as_ids
+from agentrl.viewer import rows
 from agentrl.viewer.app import make_app
 from agentrl.viewer.live import Watch
+from agentrl.viewer.pages import diff_json, words_of
 from agentrl.viewer.runs import Run, Runs, find
 
 pytestmark = pytest.mark.xdist_group("viewer")
@@ -183,13 +187,14 @@ def test_a_group_and_its_tree(client: TestClient, keys: dict[str, str], runs: Pa
         one, other = reader.get(fork.id), reader.get(str(fork.parent))
     group = ok(client, "/api/group", run=keys["arpo"], group=fork.group_id)
     assert len(group["members"]) == 6 and group["shared"]["tokens"] > 0 and "Compute" in group["prompt"]
-    place = group["first_divergence"][fork.id]
+    place = group["first_divergence"][fork.id]  # None: a sibling begins with all that it said
     assert one.fork is not None
     left = np.concatenate([p.ids for p in one.turns[-1].context] + [s.ids for s in one.turns[-1].output])
     right = np.concatenate([p.ids for p in other.turns[-1].context] + [s.ids for s in other.turns[-1].output])
     n = min(left.size, right.size)
     differs = np.flatnonzero(left[:n] != right[:n])
-    assert place["at"] >= (int(differs[0]) if differs.size else n) >= one.fork.tokens
+    leaves = left.size if place is None else place["at"]
+    assert leaves >= (int(differs[0]) if differs.size else n) >= one.fork.tokens
     tree = ok(client, "/api/tree", run=keys["arpo"], group=fork.group_id)["nodes"]
     seen: set[str] = set()
     for node in tree:
@@ -206,6 +211,34 @@ def test_a_diff(client: TestClient, keys: dict[str, str]) -> None:
     other = next(e for e in entries if e["task_id"] != entries[0]["task_id"])
     found = ok(client, "/api/diff", run=keys["grpo"], run_b=keys["grpo"], a=entries[0]["id"], b=other["id"])
     assert found["first"] is not None and not found["turns"][found["first"]["turn"]]["same"]
+
+
+def test_a_diff_compares_prompts_and_counts_sampled_tokens(runs: Path) -> None:
+    with StoreReader(runs / "grpo") as reader:
+        entries = reader.trajectories(stage="rl", limit=100).entries
+        a = next(t for e in entries if len((t := reader.get(e.id)).turns) > 1)
+        b = reader.get(next(e.id for e in entries if e.task_id != a.task_id))
+        words = reader.pieces(words_of(a) | words_of(b))
+    asked = replace(a, turns=(replace(a.turns[0], context=b.turns[0].context), *a.turns[1:]))
+    for same_words in (True, False):
+        found = diff_json(a, asked, (words, words), same_words=same_words)
+        assert found["first"] == {"turn": 0, "token": -1} and not found["turns"][0]["same"]
+        assert a.task_id not in b.task_id and found["turns"][0]["contexts"][0] != found["turns"][0]["contexts"][1]
+        assert diff_json(a, a, (words, words), same_words=same_words)["first"] is None
+    # An output of two forced tokens and then sampled ones: the third sampled one differs.
+    span = a.turns[0].sampled[0]
+    forced = Span(as_ids([1, 2]), "assistant", "forced", "policy")
+    other = span.ids.copy()
+    other[2] += 1
+    turns = [replace(a.turns[0], output=(forced, replace(span, ids=as_ids(ids)))) for ids in (span.ids, other)]
+    one, two = (replace(a, turns=(turn,)) for turn in turns)
+    assert diff_json(one, two)["first"] == {"turn": 0, "token": 2}
+    view = rows.view_of(one)
+    assert view is not None and view.place(view.outputs[0][0] + 4) == {
+        "turn": 0, "token": 2, "at": view.outputs[0][0] + 4
+    }  # fmt: skip
+    # Siblings that are the same never leave each other.
+    assert [view.place(at) for at in rows.shared([view.ids, view.ids])[1] if at is not None] == [None, None]
 
 
 @pytest.mark.parametrize("form", ["json", "jsonl", "html"])

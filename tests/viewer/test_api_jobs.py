@@ -30,6 +30,9 @@ def test_the_table_ends_where_they_part() -> None:
     same, other = table_of(APART)
     assert same["same"] and other == {"turn": 1, "same": False, "field": "result", "recorded": "4", "replayed": "5"}
     assert [row["turn"] for row in table_of({**APART, "difference": {"what": "environment", "turn": None}})] == [0]
+    for what in ("outcome", "score"):  # no turn of its own: the end
+        rows = table_of({**APART, "difference": {"what": what, "turn": None, "recorded": 1, "now": 0}})
+        assert [(row["turn"], row["same"]) for row in rows] == [(0, True), (1, True), (None, False)]
 
 
 def test_a_divergence_is_an_answer_and_a_failure_is_none() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from agentrl.store import StoreReader, StoreWriter
 from agentrl.trajectory import Outcome, Sampling, ToolCall, ToolResult, ToolUse, Trajectory, Turn
 from agentrl.viewer import server
 from agentrl.viewer.app import make_app
+from agentrl.viewer.peer import Peers, owner, owner_asked
+from agentrl.viewer.security import cookie_name
 
 HOSTILE = [
     "<script>alert(1)</script>", "</script><svg onload=alert(1)>", "\x1b[31mred\x1b[0m", "\u202eright to left", "a\0b",
@@ -188,3 +191,150 @@ def test_a_taken_port_picks_the_next(folder: Path) -> None:
         finally:
             child.terminate()
             child.wait(20)
+
+
+# -- other users of the machine --------------------------------------------------------------------
+
+NOBODY = 65534
+ASK = r"""
+import os, socket, sys
+uid, family, host, port, request, how = int(sys.argv[1]), *sys.argv[2:6], sys.argv[6]
+if uid:
+    os.setgid(uid); os.setuid(uid)
+line = socket.socket(socket.AF_INET6 if family == "6" else socket.AF_INET)
+line.connect((host, int(port)))
+for _ in range(2 if how == "twice" else 1):
+    line.sendall(request.replace("@", chr(13) + chr(10)).encode())
+    if how == "leave":
+        os._exit(0)
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += line.recv(65536)
+    head, _, body = data.partition(b"\r\n\r\n")
+    print(head.split()[1].decode())
+    length = [part.split(b":")[1] for part in head.lower().split(b"\r\n") if part.startswith(b"content-length")]
+    while length and len(body) < int(length[0]):
+        body += line.recv(65536)
+"""
+
+
+@pytest.fixture
+def viewed(folder: Path) -> Any:
+    words = [sys.executable, "-m", "agentrl", "view", str(folder), "--port", "0", "--no-browser"]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    yield int(child.stdout.readline().split(":")[2].split("/")[0])
+    child.terminate()
+    child.wait(20)
+
+
+def ask(
+    uid: int,
+    port: int,
+    path: str = "/api/runs",
+    how: str = "",
+    family: str = "4",
+    host: str = "127.0.0.1",
+    more: str = "",
+) -> list[str]:
+    request = f"GET {path} HTTP/1.1@Host: 127.0.0.1:{port}@{more}@"
+    words = [sys.executable, "-I", "-S", "-c", ASK, str(uid), family, host, str(port), request, how]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+needs_two_users = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or os.geteuid() != 0, reason="only root can be two users"
+)
+
+
+@needs_two_users
+def test_another_user_of_the_machine_is_refused(viewed: int) -> None:
+    assert ask(0, viewed, how="twice") == ["200", "200"]
+    for path in ("/", "/api/runs", "/api/live?run=r0", "/api/openapi.json", "/api/replay"):
+        assert ask(NOBODY, viewed, path) == ["403"], path
+    assert ask(NOBODY, viewed, how="twice") == ["403", "403"]
+    assert ask(NOBODY, viewed, family="6", host="::ffff:127.0.0.1") == ["403"]  # listed with the sockets of IPv6
+    assert ask(0, viewed, family="6", host="::ffff:127.0.0.1") == ["200"]
+    for header in ("X-Forwarded-For: 10.0.0.1@", "X-Forwarded-For: somebody@", "Forwarded: for=10.0.0.1@"):
+        assert ask(NOBODY, viewed, more=header) == ["403"], header
+
+
+@needs_two_users
+def test_another_user_may_show_the_token(folder: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "agentrl",
+        "view",
+        str(folder),
+        "--port",
+        "0",
+        "--no-browser",
+        "--token",
+        "let me in",
+    ]
+    child = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        port = int(child.stdout.readline().split(":")[2].split("/")[0])
+        assert ask(NOBODY, port, more="X-AgentRL-Token: let me in@") == ["200"]
+        assert ask(NOBODY, port) == ask(0, port) == ["401"]
+    finally:
+        child.terminate()
+        child.wait(20)
+
+
+@needs_two_users
+def test_a_socket_that_its_owner_left_is_nobodys() -> None:
+    """The system says that root owns it. A request that was sent before must not come in by that."""
+    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+        with socket.create_server((host, 0), family=family) as listener:
+            server = listener.getsockname()[:2]
+            gone = ask(NOBODY, server[1], how="leave", family="4" if family == socket.AF_INET else "6", host=host)
+            assert gone == []
+            with listener.accept()[0] as line:
+                client = line.getpeername()[:2]
+                assert line.recv(100)
+                assert owner(client, server) is None is owner_asked(client, server) and not Peers().ours(client, server)
+            with socket.create_connection(server) as mine, listener.accept()[0]:
+                client = mine.getsockname()[:2]
+                assert owner(client, server) == os.geteuid() == owner_asked(client, server) and Peers().ours(
+                    client, server
+                )
+                assert not Peers().ours((host, 1), server)
+                assert Peers((Path("/nowhere"),)).ours((host, 1), server)  # a system that does not tell
+
+
+def test_a_connection_is_looked_up_once(tmp_path: Path) -> None:
+    line = "   0: 0100007F:0400 0100007F:1EE7 01 00000000:00000000 00:00000000 00000000 {:5} 0 77 1 0\n"
+    table = tmp_path / "tcp"
+    table.write_text("  sl\n" + line.format(os.geteuid()))
+    peers = Peers((table,))
+    client, server = ("127.0.0.1", 1024), ("127.0.0.1", 0x1EE7)
+    assert peers.ours(client, server)
+    table.write_text("  sl\n" + line.format(4711))
+    assert peers.ours(client, server)  # the same connection
+    assert not peers.ours(tuple(list(client)), server)  # type: ignore[arg-type]  # another one from the same port
+
+
+def test_cookies_of_other_servers_are_passed_by(folder: Path) -> None:
+    app = make_app([folder], token="open sesame")
+    with TestClient(app, base_url="http://127.0.0.1:7860") as client:
+        mine = "agentrl-7860=open%20sesame"
+        for cookies in (
+            mine, f"odd[]=1; {mine}", f'a="b;c; {mine}; x=\x7f', f"{{}}={{}}; {mine}", f"nothing; {mine}",
+            f"agentrl-7860=stale; {mine}", f"; ;{mine}",
+        ):  # fmt: skip
+            assert client.get("/api/runs", headers={"cookie": cookies}).status_code == 200, cookies
+        for cookies in ("agentrl-7860=wrong", "agentrl-80=open%20sesame", "x-agentrl-7860=open%20sesame", ""):
+            assert client.get("/api/runs", headers={"cookie": cookies}).status_code == 401, cookies
+    assert cookie_name("[::1]") == "agentrl-80" and cookie_name("[::1]:7860") == "agentrl-7860"
+
+
+def test_numbers_are_of_ascii(client: TestClient) -> None:
+    for turn in ("²", "٣", "1e3", "-1", "9" * 40):
+        found = client.get("/api/tokens", params={"run": "r0", "id": "x", "turn": turn})
+        assert found.status_code in (400, 404), turn
+    assert client.get("/api/runs", headers={b"content-length": b"\xb2"}).status_code == 413  # type: ignore[dict-item]

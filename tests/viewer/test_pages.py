@@ -1,23 +1,15 @@
 """The viewer's pages in a real browser, on a real server, over real runs and the gallery of test_pages_gallery.py.
 
-Every page of every test is watched: an error of a script, a violation of the content security policy or a request
-to another host fails the test. `AGENTRL_SHOTS=FOLDER` keeps pictures of all pages there, for the guide.
+Every page of every test is watched (`see` in conftest.py). `AGENTRL_SHOTS=FOLDER` keeps pictures of all pages there, for the guide.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +17,6 @@ from urllib.parse import quote
 
 import pytest
 
-from agentrl.content import Image
 from agentrl.store import RunFolder, StoreWriter
 from agentrl.store.key import EpisodeKey
 
@@ -36,148 +27,10 @@ pytestmark = pytest.mark.skipif(not (NEEDED or Path(CHROMIUM).exists()), reason=
 
 HERE = Path(__file__).parent
 AXE = HERE.parents[1] / "agentrl/viewer/web/node_modules/axe-core/axe.min.js"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-SCREEN = """<body style="margin:0;font:14px sans-serif;background:#eef0f3"><div
- style="background:#37474f;color:#fff;padding:10px 16px">Mail</div><div style="display:flex"><div
- style="width:130px;padding:12px">Inbox<br><br>Archive{count}<br><br>Bin</div>
-<div style="flex:1;background:#fff;height:350px">{rows}</div></div></body>"""
 SIBLING = "rl-12/orders-0317/0"
 GROUP = "rl-12/orders-0317"
 
 Open = Callable[..., Any]
-
-
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def gallery() -> ModuleType:
-    return module("test_pages_gallery")
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield found
-        found.close()
-
-
-def screens(browser: Any) -> list[Image]:
-    """Three states of a small mail client, as it really looks."""
-    page = browser.new_page(viewport={"width": 640, "height": 400})
-    row = (
-        '<div style="padding:11px 16px;border-bottom:1px solid #dde;background:{colour}">'
-        '{who}<span style="float:right">{act}</span></div>'
-    )
-    names = ["Marlow & Sons: your invoice", "Brightwell: where is our order?", "Halden Ltd: thank you"]
-    found = []
-    for state in range(3):
-        kept = [name for i, name in enumerate(names) if not (state == 2 and i == 1)]
-        rows = "".join(
-            row.format(
-                colour="#e3ecfd" if state == 1 and "Bright" in name else "#fff",
-                who=name,
-                act="[Archive]" if state == 1 and "Bright" in name else "",
-            )
-            for name in kept
-        )
-        page.set_content(SCREEN.format(rows=rows, count=" (1)" if state == 2 else ""))
-        found.append(Image(page.screenshot()))
-    page.close()
-    return found
-
-
-@pytest.fixture(scope="module")
-def folder(gallery: ModuleType, browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The gallery beside runs that lack something: one empty, one damaged, one whose tokens were not kept."""
-    out = tmp_path_factory.mktemp("gallery")
-    gallery.make(out, screens(browser), [(300, 96), (604, 96)])
-    with RunFolder.create(out / "fresh", gallery.CONFIG, config_version=1):
-        pass
-    desk = gallery.Desk(5)
-    with (
-        RunFolder.create(out / "forgetful", gallery.CONFIG, config_version=1),
-        StoreWriter(out / "forgetful", pieces=desk.words.pieces, tokens="last_k", n=1) as writer,
-    ):
-        for step in range(2):
-            t = desk.play(f"rl-{step}/t", "0", "Say.", [gallery.Step("", "Said.")], score={"answer": 1.0}, success=True)
-            writer.add([t], step=step, stage="rl")
-    shutil.copytree(out / "desk", out / "damaged")
-    (out / "damaged/summary.json").write_text("{")
-    (out / "damaged/metrics.jsonl").write_text(
-        '{"stage": "rl", "step": 1, "time": 1.0, "reward": 0.5}\nnot json\n{"sta'
-    )
-    return out
-
-
-@pytest.fixture(scope="module")
-def base(folder: Path, runs: Path) -> Iterator[str]:
-    """The address of `agentrl view` on the gallery and on the real runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "agentrl", "view", str(folder), str(runs), "--port", str(port), "--no-browser"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    address = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + 60
-    while True:
-        try:
-            urllib.request.urlopen(f"{address}/api/runs", timeout=5).close()
-            break
-        except OSError:
-            assert server.poll() is None and time.monotonic() < deadline, "the viewer did not start"
-            time.sleep(0.1)
-    yield address
-    server.send_signal(signal.SIGINT)
-    server.wait(timeout=20)
-
-
-@pytest.fixture
-def see(browser: Any, base: str) -> Iterator[Open]:
-    """Open a page by its hash; at the end nothing may have gone wrong on any of them."""
-    wrong: list[str] = []
-    contexts = []
-
-    def open_page(hash: str, theme: str = "light", width: int = 1440, height: int = 900) -> Any:
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme=theme, reduced_motion="reduce"
-        )
-        contexts.append(context)
-        page = context.new_page()
-        page.add_init_script(
-            "window.violations = []; document.addEventListener('securitypolicyviolation',"
-            " e => window.violations.push(e.violatedDirective + ' ' + e.blockedURI + ' ' + e.sourceFile))"
-        )
-        page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
-        page.on(
-            "request",
-            lambda request: None if request.url.startswith((base, "data:", "blob:")) else wrong.append(request.url),
-        )
-        page.goto(f"{base}/#{hash}")
-        page.wait_for_selector("main :is(h1, h2)", state="attached")
-        return page
-
-    yield open_page
-    for context in contexts:
-        for page in context.pages:
-            wrong += page.evaluate("window.violations")
-        context.close()
-    assert wrong == []
 
 
 def at(run: str, page: str = "", **query: Any) -> str:
@@ -240,17 +93,21 @@ def serious(page: Any) -> list[str]:
 
 @pytest.mark.skipif(not (NEEDED or AXE.exists()), reason="axe-core comes with npm ci in agentrl/viewer/web")
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", [*PAGES, "long", "hostile", "fresh", "keys", "fork"])
+@pytest.mark.parametrize("name", [*PAGES, "choice", "narrow", "long", "hostile", "fresh", "keys", "fork"])
 def test_axe_finds_nothing_serious(see: Open, name: str, theme: str) -> None:
     more = {
         "long": at("desk", "t", id="rl-12/archive-0002/0", view="tokens", m="version"),
         "hostile": at("desk", "t", id="rl-12/<script>alert(1)</script>/0"),
         "fresh": at("fresh"),
+        "choice": at("desk", "diff", a=SIBLING, task="orders-0317"),
+        "narrow": PAGES["tokens"],
         "keys": PAGES["trajectory"],
         "fork": PAGES["trajectory"],
     }
-    page = see({**PAGES, **more}[name], theme)
+    page = see({**PAGES, **more}[name], theme, width=390 if name == "narrow" else 1440)
     settle(page)
+    if name == "narrow":
+        page.keyboard.press("s")
     if name == "keys":
         page.keyboard.press("?")
     if name == "fork":
@@ -458,6 +315,38 @@ def test_a_link_to_a_token_far_down_finds_it(see: Open) -> None:
         " return w.top <= b.top && w.bottom >= b.bottom - 40 }"
     )
     assert covered
+
+
+def test_no_frame_of_a_scroll_lacks_tokens(see: Open) -> None:
+    page = see(at("desk", "t", id="rl-12/archive-0002/0", view="tokens"))
+    page.emulate_media(reduced_motion="no-preference")  # the browser animates what keys scroll
+    page.locator(".tk").first.wait_for()
+    page.evaluate(
+        """() => {
+          const view = document.querySelector('.toks')
+          const channel = new MessageChannel()
+          window.painted = []
+          channel.port1.onmessage = () => {
+            const parts = [...view.querySelectorAll('.tk-chunk')].map((node) => node.getBoundingClientRect())
+            const box = view.getBoundingClientRect()
+            window.painted.push([view.scrollTop, parts[0].top <= box.top + 9, parts.at(-1).bottom >= box.bottom - 24])
+          }
+          const frame = () => {
+            channel.port2.postMessage(0) // heard once this frame is painted
+            requestAnimationFrame(frame)
+          }
+          requestAnimationFrame(frame)
+        }"""
+    )
+    page.locator(".toks").focus()
+    for _ in range(25):
+        page.keyboard.press("PageDown")
+    page.wait_for_function("() => window.painted.at(-1)[0] > 9000")
+    page.keyboard.press("Home")
+    page.wait_for_function("() => window.painted.at(-1)[0] === 0")
+    painted = page.evaluate("window.painted")
+    assert len({top for top, _, _ in painted}) >= 4
+    assert [line for line in painted if not (line[1] and line[2])] == []
 
 
 def test_a_group_shows_siblings_side_by_side(see: Open) -> None:

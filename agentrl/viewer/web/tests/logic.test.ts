@@ -4,6 +4,7 @@ import { diff, texts } from '../src/lib/diff'
 import { num, percent, seconds, signed } from '../src/lib/format'
 import { frames, point, share } from '../src/lib/frames'
 import { board, table, unified } from '../src/lib/hints'
+import { after } from '../src/lib/live.svelte'
 import { briefly, joined, sections, series, smooth, stages, ticks } from '../src/lib/metrics'
 import { keyed, link, parse } from '../src/lib/route'
 import { classes, METRICS, step } from '../src/lib/scale'
@@ -261,11 +262,15 @@ describe('screens', () => {
 })
 
 describe('the tree', () => {
-  const node = (id: string, parent: string | null, turn = 0) => ({ id, parent, turn, token: 0, reward: 0, advantage: 0, turns: [] })
+  const node = (id: string, parent: string | null, turn = 0, run: string | null = null) => ({ id, parent, key: `${run ?? ''} ${id}`, under: parent && ` ${parent}`, run, turn, token: 0, reward: 0, advantage: 0, turns: [] })
   it('puts each branch under its parent, the latest first', () => {
     const found = layout([node('a', null), node('a.1', 'a', 1), node('a.2', 'a', 2), node('b', null)])
     expect(found.map((p) => p.node.id)).toEqual(['a', 'a.2', 'a.1', 'b'])
     expect(found[2].parentRow).toBe(0)
+  })
+  it('tells apart two forks of one turn, which have the same id', () => {
+    const found = layout([node('a', null), node('a.1', 'a', 1, 'r1'), node('a.1', 'a', 1, 'r2')])
+    expect(found.map((p) => [p.node.run, p.parentRow])).toEqual([[null, null], ['r1', 0], ['r2', 0]])
   })
   it('shows every trajectory once, also orphans and rings', () => {
     const found = layout([node('x', 'gone'), node('p', 'q'), node('q', 'p')])
@@ -278,5 +283,17 @@ describe('numbers', () => {
     expect([num(null), num(0), num(1234567), num(-0.5), num(0.00001234), num(12345.6)]).toEqual(['–', '0', '1.23M', '−0.5', '1.2e−5', '12\u2009346'])
     expect([signed(0.25), signed(-3.75), percent(1), percent(0.9612)]).toEqual(['+0.25', '−3.75', '100\u2009%', '96.1\u2009%'])
     expect([seconds(0.0421), seconds(5.004), seconds(101), seconds(3725)]).toEqual(['42\u2009ms', '5.00\u2009s', '1\u2009m 41\u2009s', '1\u2009h 02\u2009m'])
+  })
+})
+
+describe('metrics of a run at work', () => {
+  const line = (step: number, reward: number) => ({ stage: 'rl', step, time: 0, reward })
+  const news = (lines: ReturnType<typeof line>[], reset = false) => ({ lines, reset, entries: [], flights: null, status: null, missed: 0 })
+  it('are appended, and begin anew where a resume took some back', () => {
+    const known = [line(1, 0), line(2, 0)]
+    expect(after(known, news([]))).toBe(known)
+    expect(after(known, news([line(3, 0)])).map((l) => l.step)).toEqual([1, 2, 3])
+    expect(after(known, news([line(1, 0)], true))).toEqual([line(1, 0)])
+    expect(after(known, news([], true))).toEqual([])
   })
 })

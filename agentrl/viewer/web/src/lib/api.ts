@@ -39,8 +39,23 @@ export async function get<T>(path: string, query: Query = {}, signal?: AbortSign
   return (await ask(url(path, query), { signal })).json()
 }
 
-export async function binary(path: string, query: Query = {}, signal?: AbortSignal): Promise<ArrayBuffer> {
-  return (await ask(url(path, query), { signal })).arrayBuffer()
+let early: { address: string; answer: Promise<ArrayBuffer> } | null = null
+
+/** Ask for what will most likely be wanted next; the last such answer waits for `binary` to want it. */
+export function ahead(path: string, query: Query = {}): void {
+  const address = url(path, query)
+  if (early?.address === address) return
+  const answer = ask(address, {}).then((reply) => reply.arrayBuffer())
+  answer.catch(() => early?.address === address && (early = null)) // whoever wants it asks again, and is told why
+  early = { address, answer }
+}
+
+export async function binary(path: string, query: Query = {}): Promise<ArrayBuffer> {
+  const address = url(path, query)
+  if (early?.address !== address) return (await ask(address, {})).arrayBuffer()
+  const { answer } = early
+  early = null
+  return answer
 }
 
 export async function post<T>(path: string, body: unknown): Promise<T> {

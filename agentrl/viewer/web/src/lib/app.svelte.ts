@@ -6,16 +6,20 @@ import type { Run } from './types'
 export const app = $state<{
   route: Route
   runs: (Run & { key: string })[] | null
+  /** Runs that are there but not listed. */
+  leftOut: number
   failed: Error | null
   theme: 'system' | 'light' | 'dark'
   dark: boolean
   help: boolean
   now: number
-}>({ route: parse(location.hash), runs: null, failed: null, theme: 'system', dark: false, help: false, now: Date.now() / 1000 })
+}>({ route: parse(location.hash), runs: null, leftOut: 0, failed: null, theme: 'system', dark: false, help: false, now: Date.now() / 1000 })
 
 export async function loadRuns(): Promise<void> {
   try {
-    app.runs = keyed((await get<{ runs: Run[] }>('runs')).runs)
+    const got = await get<{ runs: Run[]; left_out?: number }>('runs')
+    app.runs = keyed(got.runs)
+    app.leftOut = got.left_out ?? 0
     app.failed = null
   } catch (error) {
     app.failed = error as Error

@@ -11,20 +11,20 @@ export interface Placed {
 
 /** Children follow their parent, those that leave last first, so that no connection crosses a line. */
 export function layout(nodes: TreeNode[]): Placed[] {
-  const known = new Set(nodes.map((n) => n.id))
+  const known = new Set(nodes.map((n) => n.key))
   const children = new Map<string | null, TreeNode[]>()
   for (const node of nodes) {
-    const parent = node.parent !== null && known.has(node.parent) && node.parent !== node.id ? node.parent : null
+    const parent = node.under !== null && known.has(node.under) && node.under !== node.key ? node.under : null
     children.set(parent, [...(children.get(parent) ?? []), node])
   }
   const out: Placed[] = []
   const seen = new Set<string>()
   const place = (node: TreeNode, parentRow: number | null): void => {
-    if (seen.has(node.id)) return
-    seen.add(node.id)
+    if (seen.has(node.key)) return
+    seen.add(node.key)
     const row = out.length
     out.push({ node, row, from: parentRow === null ? 0 : (node.turn ?? 0), parentRow })
-    for (const child of [...(children.get(node.id) ?? [])].sort((a, b) => (b.turn ?? 0) - (a.turn ?? 0))) place(child, row)
+    for (const child of [...(children.get(node.key) ?? [])].sort((a, b) => (b.turn ?? 0) - (a.turn ?? 0))) place(child, row)
   }
   for (const root of children.get(null) ?? []) place(root, null)
   // A ring of parents has no root; its members are shown as roots.

@@ -14,6 +14,7 @@ export interface Run {
   best: Num
   problems: string[]
   read_only: boolean
+  curves?: Record<string, Num[]>
   key?: string
 }
 export interface RunDetail extends Run {
@@ -22,6 +23,7 @@ export interface RunDetail extends Run {
   versions: Record<string, unknown>
   eval: Record<string, any>[]
   summary: Record<string, any> | null
+  rescored?: { file: string; created: string | null; env: string | null; how: Record<string, number>; n: number; changed: number; old: Num; new: Num; problem: string | null }[]
 }
 export type Line = { stage: string; step: number; time: number } & Record<string, number | string>
 export interface Entry {
@@ -48,7 +50,8 @@ export interface Entry {
   turn_cost: number
   seconds: number
   latest: boolean
-  snippet?: [string, boolean][]
+  /** null where the time for snippets was over before its turn came. */
+  snippet?: [string, boolean][] | null
 }
 export interface ListPage { entries: Entry[]; next: string | null; last: string | null; took_ms: number }
 export interface Facets {
@@ -116,6 +119,7 @@ export interface Trajectory {
   prev: string | null
   next: string | null
   credit: CreditLine[]
+  rescored?: { file: string; created: string | null; env: string | null; how: string; why: string; parts: Record<string, Num> | null; reward: Num; success: boolean | null }[]
   live: boolean
 }
 export interface Member {
@@ -141,19 +145,27 @@ export interface Group {
   stage: string
   zero_variance: boolean
   members: Member[]
+  left_out?: number
   shared: { tokens: number; turns: number }
   first_divergence: Record<string, { turn: number; token: number; at?: number } | null>
+  /** The first sibling with exactly the same tokens. */
+  identical?: Record<string, string>
 }
 export interface TreeNode {
   id: string
   parent: string | null
+  /** Forks of one turn that lie in runs of their own have the same id; their keys differ. */
+  key: string
+  under: string | null
+  run: string | null
   turn: Num
   token: Num
   reward: Num
   advantage: Num
   turns: { index: number; n_sampled: number; calls: string[] }[]
 }
-export interface DiffTurn { index: number; same: boolean; a: Turn | null; b: Turn | null; first_token: Num }
+/** `first_token` counts sampled tokens, −1 is the prompt before them, whose two texts are `contexts`. */
+export interface DiffTurn { index: number; same: boolean; a: Turn | null; b: Turn | null; first_token: Num; contexts?: (string | null)[] | null }
 export interface Explained {
   token: Record<string, any>
   chain: { name: string; component: string | null; value: Num; of: string; numbers: Record<string, Num> }[]

@@ -11,7 +11,9 @@ import { Heights } from '../lib/virtual'
 
 const LINE = 21
 const PAD = 9
-const OVER = 900
+/** Pixels beyond the view: those that are drawn with it at once, and those that are drawn when its frame is out. */
+const NEAR = 200
+const FAR = 1200
 
 export class TokenList {
   private chunks: Chunk[]
@@ -23,6 +25,9 @@ export class TokenList {
   private space: HTMLElement
   private width = 0
   private columns = 80
+  private filling = false
+  private chasing = false
+  private seen = -1
   selected = -1
 
   constructor(
@@ -81,15 +86,82 @@ export class TokenList {
     this.window.replaceChildren()
   }
 
-  /** Make the drawn chunks those that the reader sees. Runs in the scroll event: the frame it belongs to is never blank. */
+  /** Make the drawn chunks those that the reader sees.
+   *
+   * Only what is seen has to be there in this frame; what is around it follows chunk by chunk, so that the compositor
+   * has something to show where it scrolls ahead of us. While the browser animates a scroll, a frame's offset is set
+   * after its scroll event: so every frame is looked at again, until the offset stands still.
+   */
   draw(): void {
+    this.see()
+    if (!this.chasing) {
+      this.chasing = true
+      this.chase(0)
+    }
+    if (!this.filling) {
+      this.filling = true
+      requestAnimationFrame(() => setTimeout(() => this.fill()))
+    }
+  }
+
+  private see(): void {
+    this.moved()
+    // Chunks may turn out lower than was guessed: look again until the view is full.
+    for (let look = 0; look < 4; look++) {
+      const { scrollTop, clientHeight } = this.scroller
+      const [first, last] = this.heights.window(scrollTop, clientHeight, NEAR)
+      const [from, to] = this.range()
+      this.seen = scrollTop
+      if (from <= first && to >= last) return
+      this.cover(first, last)
+    }
+  }
+
+  private chase(still: number): void {
+    requestAnimationFrame(() => {
+      const moved = this.scroller.scrollTop !== this.seen
+      this.chasing = this.space.isConnected && (moved || still < 10)
+      if (!this.chasing) return
+      if (moved) this.see()
+      this.chase(moved ? 0 : still + 1)
+    })
+  }
+
+  /** Draw the next chunk on either side, until the surroundings are there. */
+  private fill(): void {
+    this.filling = false
+    if (!this.space.isConnected || !this.drawn.size) return
     const { scrollTop, clientHeight } = this.scroller
-    const [first, last] = this.heights.window(scrollTop, clientHeight, OVER)
+    const [first, last] = this.heights.window(scrollTop, clientHeight, FAR)
+    const [from, to] = this.range()
+    if (from <= first && to >= last) return
+    this.cover(Math.max(first, from - 1), Math.min(last, to + 1))
+    this.moved()
+    this.filling = true
+    setTimeout(() => this.fill())
+  }
+
+  /** What is drawn: chunks [first, last), without a gap. */
+  private range(): [number, number] {
+    return this.drawn.size ? [Math.min(...this.drawn.keys()), Math.max(...this.drawn.keys()) + 1] : [0, 0]
+  }
+
+  /** Have chunks [first, last) drawn, and what is drawn beside them and not far. */
+  private cover(first: number, last: number): void {
+    const { scrollTop, clientHeight } = this.scroller
+    const keep = this.heights.window(scrollTop, clientHeight, FAR)
+    const [from, to] = this.range()
+    const apart = to < first || from > last
     for (const [i, node] of this.drawn) {
-      if (i < first || i >= last) {
+      if (apart || i < Math.min(first, keep[0]) || i >= Math.max(last, keep[1])) {
         node.remove()
         this.drawn.delete(i)
       }
+    }
+    if (this.drawn.size) {
+      const [low, high] = this.range()
+      first = Math.min(first, low)
+      last = Math.max(last, high)
     }
     const fresh: number[] = []
     let before: ChildNode | null = this.window.firstChild
@@ -113,7 +185,6 @@ export class TokenList {
     this.space.style.height = `${this.heights.total + 24}px`
     this.window.style.transform = `translateY(${this.heights.top(first)}px)`
     if (above) this.scroller.scrollTop = scrollTop + above
-    this.moved()
   }
 
   private make(number: number): HTMLElement {
