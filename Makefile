@@ -17,7 +17,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 TORCH_INDEX ?=
 TRL := trl==1.16.0
 
-.PHONY: help quickstart test lint bench bench-sandbox clean
+.PHONY: help quickstart test lint web bench bench-sandbox clean
 
 help:  ## show this
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## */  make \1 — /'
@@ -25,13 +25,18 @@ help:  ## show this
 quickstart: $(VENV)/.quickstart  ## train a policy to use a tool, on this machine, in minutes
 	@$(BIN)/agentrl train configs/quickstart.yaml name=quickstart-$$(date +%Y%m%d-%H%M%S) $(ARGS)
 
-test: lint  ## lint, type checks and all tests
+test: lint web  ## lint, type checks and all tests
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.test  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
+
+# Node comes from PyPI with the tests' other packages, so that every machine builds with the same one.
+web: $(VENV)/.test  ## the viewer's front end: lint, its tests, and its build compared with what is committed
+	@export PATH="$(CURDIR)/$(BIN):$$PATH" && cd agentrl/viewer/web && npm ci --silent --no-audit --no-fund && \
+		npm run --silent lint && npm test --silent && npm run --silent check
 
 bench: $(VENV)/.test  ## the benchmarks; their tables go to docs/benchmarks.md
 	@$(BIN)/python tests/benchmarks/run.py $(ARGS)

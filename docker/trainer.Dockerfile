@@ -13,7 +13,7 @@ COPY constraints.txt ./
 RUN python3 -m venv /opt/agentrl \
  && /opt/agentrl/bin/pip install --no-cache-dir -q --constraint constraints.txt hatchling editables torch
 COPY . .
-RUN /opt/agentrl/bin/pip install --no-cache-dir -q --constraint constraints.txt --no-build-isolation ".[endpoint,plot]"
+RUN /opt/agentrl/bin/pip install --no-cache-dir -q --constraint constraints.txt --no-build-isolation ".[plot]"
 RUN (getent group 1000 || groupadd --gid 1000 agentrl) >/dev/null \
  && (getent passwd 1000 || useradd --uid 1000 --gid 1000 --create-home agentrl) >/dev/null \
  && mkdir -p /models /weights /runs /home/trainer && chown 1000:1000 /models /weights /runs /home/trainer

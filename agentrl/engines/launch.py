@@ -211,16 +211,23 @@ class ServerProcess:
         """How it ended, with its last words where it had any."""
         code = self.code or 0
         if code - 128 in set(signal.Signals):
-            return f"it was killed by {signal.Signals(code - 128).name} (its log: {self.log})"
+            # SGLang ends itself by SIGKILL where one of its processes fails; the kernel leaves no word in the log.
+            cause = self._words()[1]
+            told = f"; the last error in its log: {cause[-300:]}" if cause else ""
+            return f"it was killed by {signal.Signals(code - 128).name}{told} (the whole log: {self.log})"
         return f"it ended with code {code}: {self.last_words()}"
 
     def last_words(self) -> str:
         """The last line of its log that names an error, else the last line; and where the log is."""
+        last, cause = self._words()
+        return f"{(cause or last)[-300:]} (the whole log: {self.log})"
+
+    def _words(self) -> tuple[str, str]:
+        """The last line of its log, and the last that names an error, if any."""
         text = self.log.read_bytes()[-200_000:].decode(errors="replace")
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         causes = (line for line in reversed(lines) if _CAUSE.search(line) and "WARNING" not in line)
-        telling = next(causes, lines[-1] if lines else "no word")
-        return f"{telling[-300:]} (the whole log: {self.log})"
+        return lines[-1] if lines else "no word", next(causes, "")
 
     def again(self) -> ServerProcess:
         """Start it once more, at the same port, with a log of its own beside the last one. It must have ended."""

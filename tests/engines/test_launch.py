@@ -120,6 +120,8 @@ def test_a_server_may_end_with_any_code(tmp_path: Path) -> None:
         return server.ending()
 
     assert "ended with code 255: fatal" in asyncio.run(life("print('fatal', flush=True)\nimport os; os._exit(255)"))
+    kills_itself = "import os, signal\nprint('OSError: no disk', flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    assert "killed by SIGKILL; the last error in its log: OSError: no disk (the" in asyncio.run(life(kills_itself))
     assert "killed by SIGABRT" in asyncio.run(life("import os; os.abort()"))
 
 
