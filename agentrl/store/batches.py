@@ -7,6 +7,10 @@
            completion_mask, tool_mask (0 on what the policy did not say), advantages per token,
            sampling_per_token_logps
 
+Where tokens have weights of their own (branches that share a turn count once, tokens that are too old), `advantages`
+are multiplied by them: a clipped surrogate's loss is proportional to the advantage, and neither program has a tensor
+for weights. A weight of 0 is masked, too. The file's metadata says `weights: multiplied into advantages`.
+
 One safetensors file a step, a row for each training row (an episode with an evolving memory has several). All of
 this is derived from the record; nothing is tokenised.
 """
@@ -14,7 +18,8 @@ this is derived from the record; nothing is tokenised.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +30,7 @@ from numpy.typing import NDArray
 from agentrl.store.codec import TokensNotKept
 from agentrl.store.credit import Credit
 from agentrl.store.reader import StoreReader
+from agentrl.store.whole import whole
 from agentrl.trajectory import Floats, Row, Trajectory, rows_of
 
 Kind = Literal["verl", "trl"]
@@ -33,7 +39,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One training row: `prompt` [p] ids, `response` [r] ids; mask, log-probs, advantages and weights are [r]."""
+    """One training row: `prompt` [p] ids, `response` [r] ids; mask, log-probs and advantages are [r].
+
+    The tokens' weights are in the advantages.
+    """
 
     id: str
     group: str
@@ -49,7 +58,7 @@ class Sample:
 
 
 def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
-    """The training rows of a credited member; what its weights made 0 is masked."""
+    """The training rows of a credited member, its weights in their advantages; where they are 0, tokens are masked."""
     if credit.advantages is None or credit.reward is None:
         return []
     out = []
@@ -66,13 +75,16 @@ def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
 
         mask = np.zeros(n, np.int64)
         mask[at] = 1
+        advantages = spread(credit.advantages)
         if credit.weights is not None:
-            mask[spread(credit.weights) == 0] = 0
+            weights = spread(credit.weights)
+            advantages *= weights
+            mask[weights == 0] = 0
         named = [spread(credit.arrays[name]) if name in credit.arrays else None for name in ("old", "reference")]
         out.append(
             Sample(
                 trajectory.id, credit.group_id, credit.member, credit.reward, row.ids[:start].astype(np.int64),
-                row.ids[start:].astype(np.int64), mask, spread(logprobs), spread(credit.advantages), *named,
+                row.ids[start:].astype(np.int64), mask, spread(logprobs), advantages, *named,
             )
         )  # fmt: skip
     return out
@@ -134,11 +146,28 @@ def _padded(rows: Sequence[Array], *, left: bool, fill: int) -> tuple[Array, Arr
 
 
 def export_batches(reader: StoreReader, folder: Path, kind: Kind, *, stage: str | None, step: int | None) -> int:
-    """Write a file for each credited step of the run; return how many. Rows whose tokens were not kept are left out."""
+    """Write a file for each credited step of the run; return how many. Rows whose tokens were not kept are left out.
+
+    A file appears whole or not at all, and a failure takes back the files of the steps before.
+    """
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     count = 0
+    with ExitStack() as failed:
+        for path, tensors, about in _batches(reader, folder, kind, stage, step):
+            with whole(path) as part:
+                save_file(tensors, part, metadata=about)
+            failed.callback(path.unlink)
+            count += 1
+        failed.pop_all()
+    return count
+
+
+def _batches(
+    reader: StoreReader, folder: Path, kind: Kind, stage: str | None, step: int | None
+) -> Iterator[tuple[Path, dict[str, Array], dict[str, str]]]:
+    """(path, tensors, metadata) of each step that has rows."""
     for name, number in reader.credited():
         if (stage is not None and name != stage) or (step is not None and number != step):
             continue
@@ -150,9 +179,7 @@ def export_batches(reader: StoreReader, folder: Path, kind: Kind, *, stage: str 
                 continue
         if samples:
             tensors, texts = batch_of(samples, kind)
-            path = folder / f"{name}-{number:06d}.safetensors"
-            about = {"format": kind, "stage": name, "step": str(number)}
+            about = {"format": kind, "stage": name, "step": str(number), "weights": "multiplied into advantages"}
             about |= {key: json.dumps(value) for key, value in texts.items()}
-            save_file({key: value.copy(order="C") for key, value in tensors.items()}, path, metadata=about)
-            count += 1
-    return count
+            path = folder / f"{name}-{number:06d}.safetensors"
+            yield path, {key: value.copy(order="C") for key, value in tensors.items()}, about

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -16,6 +15,7 @@ from agentrl.store import html
 from agentrl.store.codec import TokensNotKept
 from agentrl.store.query import Filter
 from agentrl.store.reader import Entry, StoreReader
+from agentrl.store.whole import whole
 from agentrl.trajectory import Trajectory, ids_of
 
 Form = Literal["jsonl", "parquet", "html", "trl", "verl"]
@@ -76,15 +76,11 @@ def export_jsonl(run_dir: Path | str, path: Path | str, **filters: Any) -> int:
     split it belongs to, and its credit where there is any.
     The file appears whole or not at all.
     """
-    count, run_dir, path = 0, Path(run_dir), Path(path)
-    part = path.with_name(path.name + ".part")
-    with StoreReader(run_dir) as reader, part.open("w", encoding="utf-8") as file:
+    count = 0
+    with StoreReader(Path(run_dir)) as reader, whole(Path(path)) as part, part.open("w", encoding="utf-8") as file:
         for line in _lines(reader, filters):
             file.write(json.dumps(line, default=_plain, sort_keys=False) + "\n")
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
     return count
 
 
@@ -92,8 +88,10 @@ def export_trajectories(run_dir: Path, out: Path, form: Form, asked: Filter, lim
     """Write the trajectories that pass `asked`, oldest first and at most `limit`; return how many were written.
 
     "trl" and "verl" write a file for each credited step of `asked`, and return how many files. A file appears whole
-    or not at all. Raises `UsageError` where `out` is there, or where a package is missing.
+    or not at all. Raises `UsageError` where `out` is there, where a package is missing, or for a limit below 1.
     """
+    if limit is not None and limit < 1:
+        raise UsageError(f"the limit is a number of trajectories from 1 on, not {limit}; leave it out to export all")
     if out.exists() and not (out.is_dir() and form in ("trl", "verl") and not any(out.iterdir())):
         raise UsageError(f"{out} is there already; name a new file")
     with StoreReader(run_dir) as reader:
@@ -102,7 +100,6 @@ def export_trajectories(run_dir: Path, out: Path, form: Form, asked: Filter, lim
 
             return export_batches(reader, out, form, stage=asked.stage, step=asked.step)
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
         count = [0]
 
         def lines() -> Iterator[dict[str, Any]]:
@@ -110,17 +107,15 @@ def export_trajectories(run_dir: Path, out: Path, form: Form, asked: Filter, lim
                 count[0] += 1
                 yield _line(reader, entry)
 
-        if form == "parquet":
-            _parquet(lines(), part)
-        else:
-            with part.open("w", encoding="utf-8", errors="replace") as file:
-                if form == "html":
-                    file.writelines(html.page(lines(), partial(_image, reader), f"trajectories of {run_dir.name}"))
-                else:
-                    file.writelines(json.dumps(line, default=_plain) + "\n" for line in lines())
-                file.flush()
-                os.fsync(file.fileno())
-        part.replace(out)
+        with whole(out) as part:
+            if form == "parquet":
+                _parquet(lines(), part)
+            else:
+                with part.open("w", encoding="utf-8", errors="replace") as file:
+                    if form == "html":
+                        file.writelines(html.page(lines(), partial(_image, reader), f"trajectories of {run_dir.name}"))
+                    else:
+                        file.writelines(json.dumps(line, default=_plain) + "\n" for line in lines())
     return count[0]
 
 

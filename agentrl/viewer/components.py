@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from pydantic import ValidationError
-
 from agentrl.algo import advantage, loss, recipes, staleness  # noqa: F401 (their components register themselves)
 from agentrl.algo.component import Component
 from agentrl.train.schedule import ScalarSchedule, scheduled
@@ -78,11 +76,12 @@ class Stage:
         _know_recipes()
         cls = Component.registry.get(point, {}).get(name)
         if cls is None or cls.__module__.split(".")[0] != _HOME:
-            return Part(name, None, f"the {point} {name!r} is not the framework's, and a run's own code is not run here")
+            why = f"the {point} {name!r} is not the framework's, and a run's own code is not run here"
+            return Part(name, None, why)
         try:
             made = cls.model_validate(value if isinstance(value, Mapping) else {"type": name})
             return Part(name, self._at_step(made, path))
-        except (ValidationError, ValueError, TypeError):
+        except (ValueError, TypeError, KeyError):
             return Part(name, None, f"this version does not know the options of the {point} {name!r}")
 
     def _at_step(self, made: Component, path: str) -> Component:
