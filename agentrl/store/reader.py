@@ -244,6 +244,18 @@ class StoreReader:
         ((n,),) = self._rows("SELECT COUNT(*) FROM trajectories WHERE latest")
         return int(n)
 
+    def lacking(self) -> list[str]:
+        """The segments that are gone, or shorter than what was indexed of them: their trajectories cannot be loaded."""
+        out = []
+        for name, indexed in self._rows("SELECT name, indexed FROM segments ORDER BY name"):
+            try:
+                whole = (self._folder / name).stat().st_size >= indexed
+            except OSError:
+                whole = False
+            if not whole:
+                out.append(str(name))
+        return out
+
     def facets(self) -> dict[str, Any]:
         """What lists can be filtered by: {stages, splits, outcomes: {text: count}, steps: {stage: [min, max]},
         sources, envs}. Superseded attempts count, too.

@@ -246,7 +246,9 @@ def tree_json(
     nodes: dict[str, dict[str, Any]] = {}
     for run, source, other in (("", "", reader), *forks):
         found = _nodes(other, group, step if not run else None)
-        fresh = [node for node in found if not run or f"{source} {node['id']}" not in nodes]  # what was forked is in both
+        fresh = [
+            node for node in found if not run or f"{source} {node['id']}" not in nodes
+        ]  # what was forked is in both
         here = {node["id"] for node in fresh}
         for node in fresh:
             id, parent = node["id"], node["parent"]

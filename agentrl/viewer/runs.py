@@ -19,6 +19,7 @@ from typing import Any, Literal
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from agentrl.config import SCHEMA_VERSION
 from agentrl.errors import AgentRLError, UsageError
 from agentrl.metrics import NAME as METRICS
 from agentrl.store import StoreReader, index
@@ -86,7 +87,16 @@ class Run:
                     self._reader, self._why = StoreReader(self.folder), None
                 except (AgentRLError, OSError) as error:
                     self._why = one_line(error)
+                    if self._begun() and not (self.folder / index.NAME).exists():
+                        self._why = (
+                            f"{index.NAME} is missing, so that no trajectory can be listed; the segments are there: "
+                            f"run agentrl index {self.folder} --rebuild"
+                        )
             return self._reader
+
+    def _begun(self) -> bool:
+        """Whether anything was ever stored."""
+        return any((self.folder / "seg").glob("*.bin")) or (self.folder / index.NAME).exists()
 
     @property
     def trouble(self) -> str | None:
@@ -149,12 +159,19 @@ class Run:
         elif not any((self.folder / name).exists() for name in _SIGNS):
             problems.append(f"{self.folder} holds no run: none of {', '.join(_SIGNS)} is there")
         else:
-            try:
-                got = read_info(self.folder)
-                info = {"created": got.created, "config_version": got.config_version}
-            except (UsageError, OSError) as error:
-                problems.append(one_line(error))
-            if reader is None and self._why:
+            info = self._json("run.json") or {}
+            version = info.get("config_version")
+            if isinstance(version, int) and version > SCHEMA_VERSION:
+                problems.append(
+                    f"the run was made by a newer version of agentrl (configuration schema {version}, this one knows "
+                    f"{SCHEMA_VERSION}): what is new in it is not shown; update agentrl to see it all"
+                )
+            else:
+                try:
+                    info = {"created": read_info(self.folder).created}
+                except (UsageError, OSError) as error:
+                    problems.append(one_line(error))
+            if reader is None and self._why and self._begun():
                 problems.append(self._why)
             if not config:
                 problems.append("config.resolved.yaml is missing or cannot be read: components have no names here")
@@ -165,6 +182,7 @@ class Run:
                     f"the index has format {reader.format}: no full-text search, and lists are slower; "
                     f"run: agentrl index {self.folder} --rebuild"
                 )
+            problems += self._lost(reader, summary)
         lines, damaged = self.metrics(0)
         if damaged:
             problems.append(f"{damaged} lines of {METRICS} cannot be read")
@@ -197,6 +215,27 @@ class Run:
             "read_only": self.read_only,
             "curves": curves(lines),
         }
+
+    def _lost(self, reader: StoreReader | None, summary: dict[str, Any] | None) -> list[str]:
+        """What a crash, a copy or a full disk left out."""
+        out = []
+        try:
+            lacking = reader.lacking() if reader is not None else []
+        except AgentRLError:
+            lacking = []
+        if lacking:
+            names = ", ".join(lacking[:3]) + (" and others" if len(lacking) > 3 else "")
+            out.append(f"missing or cut short in seg/: {names}. Trajectories in them are listed, but cannot be opened")
+        log = self.folder / f"{index.NAME}-wal"
+        if self.read_only and _stamp(log)[1]:
+            out.append(
+                f"the latest rows stand in {log.name}, which cannot be read in a write-protected folder: copy the "
+                "folder to where you may write, to see them"
+            )
+        begun = (self.folder / METRICS).exists() and not (self.folder / "summary.json").exists()
+        if begun and summary is None and self.status(None) == "unknown":
+            out.append("the run was cut off: it wrote no summary.json. agentrl train --resume goes on with it")
+        return out
 
     def detail(self) -> dict[str, Any]:
         """All that is known of the run as a whole."""

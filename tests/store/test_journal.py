@@ -112,3 +112,26 @@ def test_ids_are_readable_and_never_meet(records: ModuleType) -> None:
     assert replace(where, branch=(1, 0)).id == "rl-12/t0042/3.1.0"
     assert replace(where, split="test").id == "rl-12-test/t0042/3"
     assert replace(where, attempt=2).id == where.id
+
+
+def test_a_flight_brings_the_text_of_tokens_that_were_never_stored(tmp_path: Path, records: ModuleType) -> None:
+    where = records.key(0, "t", 0)
+    made = records.episode(where, turns=3)
+    ids = {int(token) for turn in made.turns[:2] for span in turn.output for token in span.ids}
+    with (
+        StoreWriter(tmp_path, pieces=lambda asked: [f"<{token}>" for token in asked.tolist()]) as store,
+        StoreReader(tmp_path) as reader,
+    ):
+        assert reader.flight(where.id) is None
+        for index in range(2):
+            store.turn(where, index, made.turns[index])
+        flight = reader.flight(where.id)
+        assert flight is not None and flight.key == where
+        assert records.unlike(made.turns[:2], flight.turns) is None
+        assert not reader.pieces(ids) and all(flight.pieces[token] == f"<{token}>" for token in ids)
+        store.add([made], step=0, stage="rl")
+        assert reader.flight(where.id) is None and reader.pieces(ids).keys() == ids
+        again = replace(where, attempt=1)
+        store.turn(again, 0, made.turns[0])
+        flight = reader.flight(where.id)  # what is stored does not stand in the journal a second time
+        assert flight is not None and flight.key == again and not flight.pieces.keys() & ids

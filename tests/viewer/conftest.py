@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -197,14 +198,14 @@ def folder(gallery: ModuleType, browser: Any, tmp_path_factory: pytest.TempPathF
     return out
 
 
-@pytest.fixture(scope="module")
-def base(folder: Path, runs: Path) -> Iterator[str]:
-    """The address of `agentrl view` on the gallery and on the real runs."""
+@contextmanager
+def served(*folders: Path, before: Sequence[str] = ()) -> Iterator[str]:
+    """The address of `agentrl view` on these folders; `before` stands before the command."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "agentrl", "view", str(folder), str(runs), "--port", str(port), "--no-browser"]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [*before, sys.executable, "-m", "agentrl", "view", *map(str, folders), "--port", str(port), "--no-browser"]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 60
     while True:
@@ -217,6 +218,18 @@ def base(folder: Path, runs: Path) -> Iterator[str]:
     yield address
     server.send_signal(signal.SIGINT)
     server.wait(timeout=20)
+
+
+@pytest.fixture(scope="session")
+def serving() -> Callable[..., Any]:
+    return served
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, runs: Path) -> Iterator[str]:
+    """The address of the viewer of the gallery and of the real runs."""
+    with served(folder, runs) as address:
+        yield address
 
 
 @pytest.fixture

@@ -93,17 +93,21 @@ def serious(page: Any) -> list[str]:
 
 @pytest.mark.skipif(not (NEEDED or AXE.exists()), reason="axe-core comes with npm ci in agentrl/viewer/web")
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("name", [*PAGES, "long", "hostile", "fresh", "keys", "fork"])
+@pytest.mark.parametrize("name", [*PAGES, "choice", "narrow", "long", "hostile", "fresh", "keys", "fork"])
 def test_axe_finds_nothing_serious(see: Open, name: str, theme: str) -> None:
     more = {
         "long": at("desk", "t", id="rl-12/archive-0002/0", view="tokens", m="version"),
         "hostile": at("desk", "t", id="rl-12/<script>alert(1)</script>/0"),
         "fresh": at("fresh"),
+        "choice": at("desk", "diff", a=SIBLING, task="orders-0317"),
+        "narrow": PAGES["tokens"],
         "keys": PAGES["trajectory"],
         "fork": PAGES["trajectory"],
     }
-    page = see({**PAGES, **more}[name], theme)
+    page = see({**PAGES, **more}[name], theme, width=390 if name == "narrow" else 1440)
     settle(page)
+    if name == "narrow":
+        page.keyboard.press("s")
     if name == "keys":
         page.keyboard.press("?")
     if name == "fork":

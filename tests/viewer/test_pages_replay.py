@@ -185,3 +185,25 @@ def test_an_environment_that_changed_diverges_in_a_table(see: Open, orders: tupl
     cells = [cell.strip() for cell in row.locator("td").all_inner_texts()]
     assert cells[2:4] == ["result", recorded] and cells[4] not in ("", recorded)
     file.write_text(ORDERS)
+
+
+def test_new_scores_stand_beside_the_recorded_ones(see: Open, orders: tuple[Path, Path]) -> None:
+    run, file = orders
+    id = first(run)
+    file.write_text(ORDERS.replace("return float(", "return 0.25 * float("))
+    words = [sys.executable, "-m", "agentrl", "replay", str(run), "--rescore", "--split", "demo"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = look(see, run, id)
+    panel = page.get_by_label("About the trajectory")
+    panel.get_by_text("Rescored").wait_for()
+    assert "1 → 0.25" in panel.locator(".again").inner_text()
+    page = look(see, run, id, "run")
+    row = page.get_by_label("Rescored").locator("tbody td")
+    assert row.nth(3).inner_text() == "1" and row.nth(4).inner_text() == "0.25"
+    # A file that was cut short is told of, and does not hide the others.
+    (run / "rescored/20990101-000000-abcdef.jsonl").write_text('{"created": "2099-01-01T00:00:00+00:00"}\n{"id": ')
+    page = look(see, run, id, "run")
+    page.get_by_label("Rescored").get_by_text("damaged").wait_for()
+    assert page.get_by_label("Rescored").locator("tbody tr").count() == 2
+    file.write_text(ORDERS)

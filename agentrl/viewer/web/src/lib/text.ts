@@ -35,6 +35,13 @@ export function parts(text: string): Part[] {
   return out
 }
 
+/** The same as one string: hidden characters by name, in angle quotes. For names and titles. */
+export function plain(text: string): string {
+  return parts(text)
+    .map((part) => (part.mark ? `‹${part.text}›` : part.text))
+    .join('')
+}
+
 /** The first `size` characters, cut at a line end where one is near and never inside a surrogate pair. */
 export function cut(text: string, size: number): string {
   if (text.length <= size) return text
@@ -47,9 +54,7 @@ export function cut(text: string, size: number): string {
 
 /** A token's text in one line: newlines and tabs shown by a sign. */
 export function visible(piece: string): string {
-  return parts(piece)
-    .map((part) => (part.mark ? `‹${part.text}›` : part.text))
-    .join('')
+  return plain(piece)
     .replaceAll('\n', '⏎')
     .replaceAll('\t', '⇥')
 }
