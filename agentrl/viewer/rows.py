@@ -155,8 +155,8 @@ def arrays_of(view: View, credit: Credit | None) -> dict[str, Array]:
             if values is not None and sum(part.size for part in values) == view.sampled.size:
                 out[name] = np.full(n, np.nan, np.float32)
                 out[name][view.sampled] = np.concatenate(values) if values else []
-        which = trained(credit)
-        if which is not None and which.size in (1, view.sampled.size):
+        which = trained(credit, view.sampled.size)
+        if which is not None:
             out["trained"] = np.zeros(n, np.uint8)
             out["trained"][view.sampled] = which
         if "old" in out:
@@ -164,15 +164,15 @@ def arrays_of(view: View, credit: Credit | None) -> dict[str, Array]:
     return out
 
 
-def trained(credit: Credit) -> Array | None:
-    """Which sampled tokens the loss looked at: [n_sampled] of all turns, or [1] for none of them; None where the
-    record does not say (it is of an earlier version)."""
+def trained(credit: Credit, n: int) -> Array | None:
+    """Which of all turns' `n` sampled tokens the loss looked at, [n]; None where the record does not say (it is of an
+    earlier version)."""
     if credit.advantages is None:
-        return np.zeros(1, bool)  # dropped, or without a reward
+        return np.zeros(n, bool)  # dropped, or without a reward
     loss = credit.arrays.get(LOSS_WEIGHTS)
-    if loss is None:
+    if not loss or sum(part.size for part in loss) != n:
         return None
-    which = np.concatenate(loss) > 0 if loss else np.zeros(0, bool)
+    which = np.concatenate(loss) > 0
     return which if credit.weights is None else which & (np.concatenate(credit.weights) != 0)
 
 
