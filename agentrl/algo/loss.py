@@ -108,9 +108,12 @@ class OldBehaviour(BehaviourModel):
         old = member.arrays["old"]
         if self.correction == "none":
             return old, None
-        logs = [a - turn.logprobs for a, turn in zip(old, member.trajectory.turns, strict=True)]
-        ratios = [np.exp(values) for values in logs] if self.level == "token" else sequence_ratios(logs)
-        return old, [importance_weights(r, self.correction, self.low, self.cap) for r in ratios]
+        return old, [importance_weights(r, self.correction, self.low, self.cap) for r in self.ratios(member)]
+
+    def ratios(self, member: Member) -> list[Floats]:
+        """What is bounded, at every sampled token: the token's pi_old / pi_rollout, or the sequence's product."""
+        logs = [a - turn.logprobs for a, turn in zip(member.arrays["old"], member.trajectory.turns, strict=True)]
+        return [np.exp(values) for values in logs] if self.level == "token" else sequence_ratios(logs)
 
     def report(self, correction: Floats) -> dict[str, float]:
         if self.correction == "none" or not correction.size:

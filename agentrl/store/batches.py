@@ -8,6 +8,10 @@
            completion_mask, padded likewise; tool_mask (0 on what the policy did not say), advantages per token,
            sampling_per_token_logps
 
+Where tokens have weights of their own (branches that share a turn count once, tokens that are too old), `advantages`
+are multiplied by them: a clipped surrogate's loss is proportional to the advantage, and neither program has a tensor
+for weights. A weight of 0 is masked, too. The file's metadata says `weights: multiplied into advantages`.
+
 One safetensors file a step, a row for each training row (an episode with an evolving memory has several); the texts
 are in its metadata, and `load_batch` reads both. All of this is derived from the record; nothing is tokenised.
 """
@@ -16,6 +20,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +33,7 @@ from agentrl.store.codec import TokensNotKept
 from agentrl.store.credit import Credit
 from agentrl.store.frames import DamagedFrame
 from agentrl.store.reader import StoreReader
+from agentrl.store.whole import whole
 from agentrl.trajectory import Floats, Row, Trajectory, rows_of
 
 Kind = Literal["verl", "trl"]
@@ -36,7 +42,10 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """One training row: `prompt` [p] ids, `response` [r] ids; mask, log-probs, advantages and weights are [r]."""
+    """One training row: `prompt` [p] ids, `response` [r] ids; mask, log-probs and advantages are [r].
+
+    The tokens' weights are in the advantages.
+    """
 
     id: str
     group: str
@@ -53,7 +62,7 @@ class Sample:
 
 
 def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
-    """The training rows of a credited member; what its weights made 0 is masked."""
+    """The training rows of a credited member, its weights in their advantages; where they are 0, tokens are masked."""
     if credit.advantages is None or credit.reward is None:
         return []
     out = []
@@ -71,13 +80,16 @@ def samples_of(trajectory: Trajectory, credit: Credit) -> list[Sample]:
 
         mask = np.zeros(n, np.int64)
         mask[at] = 1
+        advantages = spread(credit.advantages)
         if credit.weights is not None:
-            mask[spread(credit.weights) == 0] = 0
+            weights = spread(credit.weights)
+            advantages *= weights
+            mask[weights == 0] = 0
         named = [spread(credit.arrays[name]) if name in credit.arrays else None for name in ("old", "reference")]
         out.append(
             Sample(
                 trajectory.id, credit.group_id, credit.member, credit.reward, turns, row.ids[:start].astype(np.int64),
-                row.ids[start:].astype(np.int64), mask, spread(logprobs), spread(credit.advantages), *named,
+                row.ids[start:].astype(np.int64), mask, spread(logprobs), advantages, *named,
             )
         )  # fmt: skip
     return out
@@ -144,7 +156,8 @@ def export_batches(
 ) -> tuple[int, int]:
     """Write a file for each credited step of the run: (how many, credited episodes left out for want of tokens).
 
-    Raises `UsageError` where there is nothing to write.
+    A file appears whole or not at all, and a failure takes back the files of the steps before. Raises `UsageError`
+    where there is nothing to write.
     """
     from safetensors.numpy import save_file
 
@@ -154,23 +167,22 @@ def export_batches(
             "no step that was asked for gave credit; batches are made of the steps of reinforcement learning"
         )
     count = left_out = 0
-    for name, number in steps:
-        samples: list[Sample] = []
-        damaged: list[str] = []
-        for credit in reader.credits(stage=name, step=number, damaged=damaged):
-            try:
-                samples += samples_of(reader.get(credit.id, credit.attempt), credit)
-            except (TokensNotKept, DamagedFrame):
-                left_out += 1
-        left_out += len(damaged)
-        if samples:
+    with ExitStack() as failed:
+        for name, number in steps:
+            samples, lacking = _samples(reader, name, number)
+            left_out += lacking
+            if not samples:
+                continue
             folder.mkdir(parents=True, exist_ok=True)
             tensors, texts = batch_of(samples, kind)
-            path = folder / f"{name}-{number:06d}.safetensors"
-            about = {"format": kind, "stage": name, "step": str(number)}
+            about = {"format": kind, "stage": name, "step": str(number), "weights": "multiplied into advantages"}
             about |= {key: json.dumps(value) for key, value in texts.items()}
-            save_file({key: value.copy(order="C") for key, value in tensors.items()}, path, metadata=about)
+            path = folder / f"{name}-{number:06d}.safetensors"
+            with whole(path) as part:
+                save_file({key: value.copy(order="C") for key, value in tensors.items()}, part, metadata=about)
+            failed.callback(path.unlink)
             count += 1
+        failed.pop_all()
     if not count:
         raise UsageError(
             f"the token arrays of all {left_out} credited episodes are damaged or were not kept; "
@@ -181,12 +193,25 @@ def export_batches(
     return count, left_out
 
 
+def _samples(reader: StoreReader, stage: str, step: int) -> tuple[list[Sample], int]:
+    """The samples of a step, and how many of its credited episodes lack their tokens."""
+    samples: list[Sample] = []
+    damaged: list[str] = []
+    lacking = 0
+    for credit in reader.credits(stage=stage, step=step, damaged=damaged):
+        try:
+            samples += samples_of(reader.get(credit.id, credit.attempt), credit)
+        except (TokensNotKept, DamagedFrame):
+            lacking += 1
+    return samples, lacking + len(damaged)
+
+
 def load_batch(path: Path | str) -> tuple[dict[str, Array], dict[str, Any]]:
     """(tensors, texts) of a file that `agentrl export --format verl | trl` wrote, as `batch_of` made them."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="numpy") as file:
         about = file.metadata()
-        plain = ("format", "stage", "step")
+        plain = ("format", "stage", "step", "weights")
         texts = {name: value if name in plain else json.loads(value) for name, value in about.items()}
         return {name: file.get_tensor(name) for name in file.keys()}, texts  # noqa: SIM118  # no mapping

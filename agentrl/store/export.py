@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
@@ -17,6 +16,7 @@ from agentrl.store.codec import TokensNotKept
 from agentrl.store.frames import DamagedFrame
 from agentrl.store.query import Filter
 from agentrl.store.reader import Entry, StoreReader
+from agentrl.store.whole import whole
 from agentrl.trajectory import Trajectory, ids_of
 
 Form = Literal["jsonl", "parquet", "html", "trl", "verl"]
@@ -77,15 +77,11 @@ def export_jsonl(run_dir: Path | str, path: Path | str, **filters: Any) -> int:
     split it belongs to, and its credit where there is any.
     The file appears whole or not at all.
     """
-    count, run_dir, path = 0, Path(run_dir), Path(path)
-    part = path.with_name(path.name + ".part")
-    with StoreReader(run_dir) as reader, part.open("w", encoding="utf-8") as file:
+    count = 0
+    with StoreReader(Path(run_dir)) as reader, whole(Path(path)) as part, part.open("w", encoding="utf-8") as file:
         for line in _lines(reader, filters):
             file.write(json.dumps(line, default=_plain, sort_keys=False) + "\n")
             count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
     return count
 
 
@@ -101,9 +97,11 @@ def export_trajectories(
 
     "trl" and "verl" write a file for each credited step of `asked`, and return how many files. A file appears whole
     or not at all. What is damaged or not kept is left out; `tell` hears how much that is. Raises `UsageError` where
-    `out` is there, where a package is missing, or where there is nothing to write.
+    `out` is there, where a package is missing, for a limit below 1, or where there is nothing to write.
     """
     tell = tell or (lambda line: None)
+    if limit is not None and limit < 1:
+        raise UsageError(f"the limit is a number of trajectories from 1 on, not {limit}; leave it out to export all")
     if out.exists() and not (out.is_dir() and form in ("trl", "verl") and not any(out.iterdir())):
         raise UsageError(f"{out} is there already; name a new file")
     with StoreReader(run_dir) as reader:
@@ -115,7 +113,6 @@ def export_trajectories(
                 tell(f"{left_out} credited episodes were left out: their token arrays are damaged or were not kept")
             return files
         out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(out.name + ".part")
         count, damaged = [0], []
 
         def lines() -> Iterator[dict[str, Any]]:
@@ -128,23 +125,20 @@ def export_trajectories(
                 count[0] += 1
                 yield line
 
-        if form == "parquet":
-            _parquet(lines(), part)
-        else:
-            with part.open("w", encoding="utf-8", errors="replace") as file:
-                if form == "html":
-                    file.writelines(html.page(lines(), partial(_image, reader), f"trajectories of {run_dir.name}"))
-                else:
-                    file.writelines(json.dumps(line, default=_plain) + "\n" for line in lines())
-                file.flush()
-                os.fsync(file.fileno())
+        with whole(out) as part:
+            if form == "parquet":
+                _parquet(lines(), part)
+            else:
+                with part.open("w", encoding="utf-8", errors="replace") as file:
+                    if form == "html":
+                        file.writelines(html.page(lines(), partial(_image, reader), f"trajectories of {run_dir.name}"))
+                    else:
+                        file.writelines(json.dumps(line, default=_plain) + "\n" for line in lines())
+            if not count[0]:
+                what = f"can be read: {damaged[0]}" if damaged else "is one that was asked for"
+                raise UsageError(f"no trajectory of {run_dir} {what}")
         if damaged:
             tell(f"{len(damaged)} trajectories were left out, {damaged[0]}")
-        if not count[0]:
-            part.unlink()
-            what = f"can be read: {damaged[0]}" if damaged else "is one that was asked for"
-            raise UsageError(f"no trajectory of {run_dir} {what}")
-        part.replace(out)
     return count[0]
 
 

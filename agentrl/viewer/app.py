@@ -28,7 +28,7 @@ from starlette.types import ASGIApp
 
 import agentrl
 from agentrl.errors import AgentRLError, UsageError
-from agentrl.store import SORTS, Cursor, Entry, Filter, Flight, Sort, StoreReader
+from agentrl.store import SORTS, Cursor, Entry, Filter, Flight, Sort, StoreReader, TokensNotKept
 from agentrl.store.export import export_one
 from agentrl.trajectory import Outcome, Trajectory
 from agentrl.viewer import live, pages, rows
@@ -285,7 +285,11 @@ def get_diff(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
 def get_explain(viewer: Viewer, asked: Mapping[str, Any]) -> Any:
     reader, entry = viewer.entry(asked)
     _, config = viewer.run(asked["run"]).config()
-    trajectory = pages.load(reader, entry.id, entry.attempt)
+    try:
+        trajectory = reader.get(entry.id, entry.attempt)
+    except TokensNotKept:
+        why = "the tokens of this trajectory were not kept (store.tokens), so none of them can be explained"
+        raise BadRequest(why, 404) from None
     try:
         return explain(reader, config, entry, trajectory, asked["turn"], asked["token"], asked["step"])
     except LookupError as error:

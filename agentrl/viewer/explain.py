@@ -2,29 +2,25 @@
 
 Rewards, parts, notes, advantages and weights stand in the record. What lies between them (the baseline, the
 estimate before the transforms) is made again with the run's own components, pure functions, from the group's
-recorded rewards; the last number must then be the recorded one, and `adds_up` says whether it is. A run's
-own code is never imported: its components keep their names and show the recorded numbers alone.
+recorded rewards; the last numbers must then be the recorded ones, and `adds_up` says whether they are. A run's
+own code is never imported: its components keep their names, what they made is shown as recorded, and `adds_up`
+is then neither true nor false, and `unchecked` says why.
 """
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 import numpy as np
-from pydantic import ValidationError
 
-from agentrl.algo import recipes
-from agentrl.algo.advantage import AdvantageEstimator, AdvantageTransform
-from agentrl.algo.loss import LOSS_WEIGHTS, BehaviourModel, OldBehaviour
-from agentrl.errors import AgentRLError
-from agentrl.store import Credit, Entry, StoreReader
-from agentrl.train.stages import RLStage
+from agentrl.algo.advantage import AdvantageEstimator, AdvantageTransform, Comparison, SharedPrefix
+from agentrl.algo.loss import LOSS_WEIGHTS, AuxTerm, OldBehaviour
+from agentrl.algo.staleness import AGES, MaxAge
+from agentrl.store import Credit, Entry, StoreReader, TokensNotKept
 from agentrl.trajectory import Floats, Group, Member, Trajectory, Turn
+from agentrl.viewer.components import Part, Stage
 
 CLOSE = 1e-5  # advantages are stored as float32
 
@@ -37,7 +33,7 @@ class Link:
     component: str | None
     value: float | None
     of: str
-    numbers: Mapping[str, float | None]
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         return {
@@ -47,6 +43,18 @@ class Link:
             "of": self.of,
             "numbers": dict(self.numbers),
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A sampled token: `token` counts its turn's sampled tokens."""
+
+    turn: int
+    token: int
+
+    def of(self, arrays: Sequence[Floats] | None, missing: float | None = None) -> float | None:
+        """Its number in arrays of one a turn, [n_sampled]."""
+        return missing if arrays is None else float(arrays[self.turn][self.token])
 
 
 def explain(
@@ -62,59 +70,33 @@ def explain(
     credits = reader.credits(id=entry.id, step=step, attempt=entry.attempt)
     if not credits:
         raise LookupError("this trajectory was never credited (it is no training episode), so it has no advantages")
-    credit = credits[-1]
+    credit, place = credits[-1], Place(turn, token)
     shown = _token(reader, trajectory, turn, token)
-    stage_json, stage = stage_of(config, credit.stage, credit.step)
+    stage = Stage.of(config, credit.stage, credit.step)
     links = [_parts(trajectory)]
-    links += _shapers(trajectory, credit, stage_json)
+    links += _shapers(trajectory, credit, stage)
     if credit.advantages is None:
         why = "its group was dropped before advantages" if credit.reward is not None else "its reward is missing"
-        links.append(Link("advantage", None, None, f"none: {why}", {}))
-        return _answer(credit, shown, links)
-    siblings = reader.credits(group=credit.group_id, step=credit.step, stage=credit.stage)
-    links += _advantage(reader, siblings, credit, stage_json, stage, turn, token)
-    links += _weights(trajectory, credit, stage_json, stage, turn, token)
-    return _answer(credit, shown, links)
+        links.append(Link("advantage", None, None, f"none: {why}"))
+        return _answer(credit, shown, links, f"there is no advantage: {why}")
+    again = _again(reader, credit, stage, place)
+    links += again.links
+    links += _weights(trajectory, credit, stage, place, again)
+    return _answer(credit, shown, links, again.unchecked)
 
 
-def _answer(credit: Credit, token: dict[str, Any], links: Sequence[Link]) -> dict[str, Any]:
+def _answer(credit: Credit, token: dict[str, Any], links: Sequence[Link], unchecked: str) -> dict[str, Any]:
     checks = [link.numbers["unexplained"] for link in links if link.numbers.get("unexplained") is not None]
+    fits = all(abs(rest or 0.0) <= CLOSE for rest in checks)
     return {
         "token": token,
         "step": credit.step,
         "stage": credit.stage,
         "group_id": credit.group_id,
         "chain": [link.json() for link in links],
-        "adds_up": all(abs(rest or 0.0) <= CLOSE for rest in checks),
+        "adds_up": None if fits and unchecked else fits,
+        "unchecked": unchecked or None,
     }
-
-
-def stage_of(config: Mapping[str, Any], label: str, step: int) -> tuple[Mapping[str, Any], RLStage | None]:
-    """The configuration of the stage with that label as values, and as components where all are the framework's."""
-    seen: dict[str, int] = {}
-    for values in config.get("stages") or ():
-        if not isinstance(values, Mapping):
-            continue
-        kind = str(values.get("type"))
-        seen[kind] = seen.get(kind, 0) + 1
-        if label == (kind if seen[kind] == 1 else f"{kind}{seen[kind]}"):
-            return values, _validated(values, step)
-    return {}, None
-
-
-@cache
-def _know_recipes() -> None:
-    for module in pkgutil.iter_modules(recipes.__path__):  # their types register themselves
-        importlib.import_module(f"{recipes.__name__}.{module.name}")
-    RLStage.model_rebuild(force=True)
-
-
-def _validated(values: Mapping[str, Any], step: int) -> RLStage | None:
-    _know_recipes()
-    try:
-        return RLStage.model_validate({name: v for name, v in values.items() if name != "type"}).at(step)[0]
-    except (ValidationError, AgentRLError):
-        return None
 
 
 # -- the links -------------------------------------------------------------------------------------
@@ -143,18 +125,18 @@ def _parts(trajectory: Trajectory) -> Link:
     return Link("reward parts", "environment", trajectory.reward, of, numbers)
 
 
-def _shapers(trajectory: Trajectory, credit: Credit, stage: Mapping[str, Any]) -> list[Link]:
+def _shapers(trajectory: Trajectory, credit: Credit, stage: Stage) -> list[Link]:
     """One link for each shaper that said what it added, and the total."""
     links = []
     running = trajectory.reward or 0.0
-    types = [_type(shaper) for shaper in stage.get("shapers") or ()]
+    types = [part.name or "" for part in stage.parts("shapers") or ()]
     for name, change in credit.parts.items():
         notes = {
             key.removeprefix(f"{name}/"): value for key, value in credit.notes.items() if key.startswith(f"{name}/")
         }
         numbers: dict[str, float | None] = {"before": running, "change": change, **notes}
         running += change
-        component = name if name in types or not types else f"{name} ({', '.join(types)})"
+        component = name if name in types else ", ".join(types) or None  # a shaper may call what it adds as it likes
         links.append(Link("shaper", component, running, f"the reward after {name}", numbers))
     numbers = {"environment": trajectory.reward, "changes": float(sum(credit.parts.values()))}
     if credit.reward is not None:
@@ -162,105 +144,177 @@ def _shapers(trajectory: Trajectory, credit: Credit, stage: Mapping[str, Any]) -
     return [*links, Link("shaped reward", None, credit.reward, "what is compared within the group", numbers)]
 
 
-def _advantage(
-    reader: StoreReader,
-    siblings: Sequence[Credit],
-    credit: Credit,
-    stage_json: Mapping[str, Any],
-    stage: RLStage | None,
-    turn: int,
-    token: int,
-) -> list[Link]:
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """What the run's components make of the record: the links, and the token's weight where it was made again."""
+
+    links: tuple[Link, ...]
+    unchecked: str = ""
+    weight: float | None = None
+
+
+def _again(reader: StoreReader, credit: Credit, stage: Stage, place: Place) -> _Again:
     """Baseline, estimate and transforms, made again from the group's recorded rewards."""
-    assert credit.advantages is not None
-    recorded = float(credit.advantages[turn][token])
-    rewards = [c.reward for c in siblings if c.reward is not None]
-    estimator = _type(stage_json.get("estimator")) or "grpo"
-    spread = np.asarray(rewards, dtype=np.float64)
-    baseline: dict[str, float | None] = {
-        "n": float(spread.size),
-        "mean": float(spread.mean()),
-        "std (n - 1)": float(spread.std(ddof=1)) if spread.size > 1 else None,
-        "std (n)": float(spread.std()),
-        "lowest": float(spread.min()),
-        "highest": float(spread.max()),
-    }
-    links = [Link("group baseline", estimator, baseline["mean"], "the mean of the group's shaped rewards", baseline)]
-    if stage is None:
-        of = "as recorded; the run's own components are not run here"
-        return [*links, Link("advantage", estimator, recorded, of, {})]
-    group, member = group_of(reader, siblings, credit)
-    estimate: AdvantageEstimator = stage.estimator
-    estimate.estimate([group])
-    value = _value(member.advantages, turn, token)
-    options: dict[str, float | None] = {"reward": credit.reward, "mean": baseline["mean"]}
-    options |= {
-        name: float(option)
-        for name, option in estimate.model_dump(exclude={"type"}).items()
-        if isinstance(option, int | float)
-    }
-    words = ", ".join(
-        f"{name}: {option}" for name, option in estimate.model_dump(exclude={"type"}).items() if isinstance(option, str)
-    )
-    links.append(Link("estimator", estimate.type, value, f"the advantage{' with ' + words if words else ''}", options))  # type: ignore[attr-defined]
-    transforms: Sequence[AdvantageTransform] = stage.transforms
+    recorded = place.of(credit.advantages)
+    siblings = reader.credits(group=credit.group_id, step=credit.step, stage=credit.stage)
+    part, links = stage.part("estimator"), []
+
+    def unchecked(why: str) -> _Again:
+        links.append(Link("advantage", part.name, recorded, f"as recorded, not checked: {why}"))
+        return _Again(tuple(links), why)
+
+    if part.made is None:
+        links.append(_rewards(siblings))
+        return unchecked(part.why)
+    try:
+        group, member = group_of(reader, siblings, credit)
+    except TokensNotKept:
+        links.append(_rewards(siblings))
+        return unchecked("the tokens of its siblings were not kept (store.tokens)")
+    estimator = cast(AdvantageEstimator, part.made)
+    accounts = estimator.account(group)
+    estimator.estimate([group])
+    if member.advantages is None:
+        return unchecked("the estimator gives this member none")
+    if accounts is not None:
+        links += _compared(part, accounts[[m is member for m in group.scored].index(True)])
+    else:
+        links.append(Link("estimator", part.name, place.of(member.advantages), "the advantage"))
+    transforms = stage.parts("transforms")
+    if transforms is None:
+        return unchecked(stage.missing("transforms"))
     for transform in transforms:
-        before, weight = value, _value(member.weights, turn, token, 1.0)
-        transform.transform([group])
-        value = _value(member.advantages, turn, token)
-        numbers: dict[str, float | None] = {"before": before, "weight before": weight}
-        numbers["weight after"] = _value(member.weights, turn, token, 1.0)
-        owners = [m for m in group.members if turn < len(m.trajectory.turns) and _same_turn(m, member, turn)]
+        if transform.made is None:
+            links.append(Link("transform", transform.name, None, f"not made again: {transform.why}"))
+            return unchecked(transform.why)
+        links.append(_transformed(transform, group, member, place))
+    value = place.of(member.advantages)
+    rest = (recorded or 0.0) - (value or 0.0)
+    links.append(Link("advantage", None, recorded, "as recorded", {"made again": value, "unexplained": rest}))
+    return _Again(tuple(links), weight=place.of(member.weights, 1.0))
+
+
+def _rewards(siblings: Sequence[Credit]) -> Link:
+    """What there was to compare, where nobody here can say how it was compared."""
+    rewards = np.asarray([c.reward for c in siblings if c.reward is not None], dtype=np.float64)
+    numbers = {"n": float(rewards.size), "mean": rewards.mean(), "lowest": rewards.min(), "highest": rewards.max()}
+    of = "the group's shaped rewards; how the estimator compared them is not known here"
+    return Link("group rewards", None, None, of, {name: float(value) for name, value in numbers.items()})
+
+
+def _compared(part: Part, told: Comparison) -> list[Link]:
+    options = part.made.model_dump(exclude={"type"}) if part.made is not None else {}
+    words = [f"; {name}: {option}" for name, option in options.items() if isinstance(option, str)]
+    of = "".join([f"advantage = {told.formula}", *words])
+    return [
+        Link("group baseline", part.name, told.baseline, told.of, {**told.numbers}),
+        Link("estimator", part.name, told.value, of, {**told.terms}),
+    ]
+
+
+def _transformed(part: Part, group: Group, member: Member, place: Place) -> Link:
+    """Run one transform on the group, and tell what it did to the token."""
+    transform = cast(AdvantageTransform, part.made)
+    before, weight = place.of(member.advantages), place.of(member.weights, 1.0)
+    numbers: dict[str, float | None] = {"before": before, "weight before": weight}
+    of = "the advantage after it"
+    if isinstance(transform, SharedPrefix):
+        owners = [m for m in group.members if m.advantages is not None and _same_turn(m, member, place.turn)]
+        of = "advantage = before"
         if len(owners) > 1:
             numbers["branches that share the turn"] = float(len(owners))
-        links.append(Link("transform", transform.type, value, "the advantage after it", numbers))  # type: ignore[attr-defined]
-    rest = None if value is None else recorded - value
-    links.append(Link("advantage", None, recorded, "as recorded", {"made again": value, "unexplained": rest}))
-    return links
+            if transform.mode == "hard":
+                of = "advantage = the mean of the branches' own"
+                for number, owner in enumerate(owners, 1):
+                    numbers[f"branch {number}"] = place.of(owner.advantages)
+            if transform.count == "once":
+                of += "; weight after = weight before / branches that share the turn"
+    elif isinstance(transform, MaxAge):
+        of = "advantage = before; weight after = weight before where age <= updates, else 0"
+        numbers |= {"age": place.of(member.arrays.get(AGES)), "updates": float(transform.updates)}
+    transform.transform([group])
+    numbers["weight after"] = place.of(member.weights, 1.0)
+    return Link("transform", part.name, place.of(member.advantages), of, numbers)
 
 
-def _weights(
-    trajectory: Trajectory,
-    credit: Credit,
-    stage_json: Mapping[str, Any],
-    stage: RLStage | None,
-    turn: int,
-    token: int,
-) -> list[Link]:
-    assert credit.advantages is not None
-    advantage = float(credit.advantages[turn][token])
-    own = _value(credit.weights, turn, token, 1.0)
-    age = _value(credit.arrays.get("age"), turn, token)
+def _weights(trajectory: Trajectory, credit: Credit, stage: Stage, place: Place, again: _Again) -> list[Link]:
+    advantage = place.of(credit.advantages) or 0.0
+    own = place.of(credit.weights, 1.0) or 0.0
+    age = place.of(credit.arrays.get(AGES))
     numbers: dict[str, float | None] = {} if age is None else {"age": age}
+    if again.weight is not None:
+        numbers |= {"made again": again.weight, "unexplained": own - again.weight}
     links = [Link("weight", None, own, "what transforms made the token count (1 where they did not)", numbers)]
-    correction = 1.0
-    behaviour: BehaviourModel | None = stage.behaviour if stage is not None else None
-    if isinstance(behaviour, OldBehaviour) and behaviour.correction != "none" and "old" in credit.arrays:
-        member = Member(trajectory, arrays=dict(credit.arrays))
-        weights = behaviour.denominator(member)[1]
-        correction = _value(weights, turn, token, 1.0) or 0.0
-        old = float(credit.arrays["old"][turn][token])
-        rollout = float(trajectory.turns[turn].logprobs[token])
-        links.append(
-            Link(
-                "correction",
-                f"{behaviour.type}: {behaviour.correction}",
-                correction,
-                "for the engine's policy not being the trainer's",
-                {"old": old, "rollout": rollout, "ratio": float(np.exp(old - rollout)), "cap": behaviour.cap},
-            )
-        )
-    aggregator = _type(stage_json.get("aggregator")) or "token_mean"
-    loss = _value(credit.arrays.get(LOSS_WEIGHTS), turn, token)
+    correction, link, why = _correction(trajectory, credit, stage.part("behaviour"), place)
+    links += [] if link is None else [link]
+    aggregator = stage.part("aggregator").name
+    loss = place.of(credit.arrays.get(LOSS_WEIGHTS))
     if loss is None:
         of = "not recorded: the member trained nothing, or the run is of an earlier version"
-        return [*links, Link("loss weight", aggregator, None, of, {})]
+        return [*links, Link("loss weight", aggregator, None, of)]
     share = {"1 / weight": 1 / loss if loss else None}
     links.append(Link("loss weight", aggregator, loss, "the token's share of its mini-batch's loss", share))
+    terms = stage.parts("aux")
+    links += [_term(term, trajectory, credit, place) for term in terms or ()]
+    surrogate = stage.part("surrogate")
+    why = why or surrogate.why
+    if why or correction is None:
+        return [*links, Link("push", surrogate.name, None, f"not calculated: {why}")]
+    of = "advantage x weight x correction x loss weight: how hard the surrogate pushed, at a ratio of 1 and not clipped"
+    if terms is None:
+        of += f"; {stage.missing('aux')}"
+    elif terms:
+        of += f"; without the terms above: {', '.join(term.name or '?' for term in terms)}"
     final = {"advantage": advantage, "weight": own, "correction": correction, "loss weight": loss}
-    product = advantage * (own or 0.0) * correction * loss
-    of = "advantage x weight x correction x loss weight: how hard the token was pushed, where nothing was clipped"
-    return [*links, Link("push", None, product, of, final)]
+    return [*links, Link("push", surrogate.name, advantage * own * correction * loss, of, final)]
+
+
+def _correction(
+    trajectory: Trajectory, credit: Credit, part: Part, place: Place
+) -> tuple[float | None, Link | None, str]:
+    """(the factor for the engine's policy not being the trainer's, its link, why it is not known)."""
+    behaviour = part.made
+    if behaviour is None:
+        return None, None, part.why
+    if not isinstance(behaviour, OldBehaviour) or behaviour.correction == "none":
+        return 1.0, None, ""
+    name = f"{part.name}: {behaviour.correction}"
+    if "old" not in credit.arrays:
+        why = "the trainer's old log-probs were not recorded"
+        return None, Link("correction", name, None, why), why
+    member = Member(trajectory, arrays=dict(credit.arrays))
+    value = place.of(behaviour.denominator(member)[1], 1.0)
+    ratio = place.of(behaviour.ratios(member))
+    numbers: dict[str, float | None]
+    if behaviour.level == "token":
+        rollout = place.of([turn.logprobs for turn in trajectory.turns])
+        bounded, words = "ratio", ""
+        numbers = {"old": place.of(credit.arrays["old"]), "rollout": rollout, "ratio": ratio}
+    else:
+        pairs = zip(credit.arrays["old"], trajectory.turns, strict=True)
+        total = sum(float((old - turn.logprobs).sum(dtype=np.float64)) for old, turn in pairs)
+        bounded, words = "product", ", for all of the trajectory's sampled tokens together"
+        n = float(sum(old.size for old in credit.arrays["old"]))
+        numbers = {"sampled tokens": n, "sum of old - rollout": total, "product": ratio}
+    numbers["cap"] = behaviour.cap
+    if behaviour.correction == "tis":
+        of = f"correction = min({bounded}, cap){words}"
+    else:
+        of, numbers["low"] = f"correction = 1 where low <= {bounded} <= cap, else 0{words}", behaviour.low
+    return value, Link("correction", name, value, of, numbers), ""
+
+
+def _term(part: Part, trajectory: Trajectory, credit: Credit, place: Place) -> Link:
+    """A further term of the loss: what it counts with, and what was recorded of what it looks at."""
+    of = f"adds to the loss beside the push, at weight x loss weight; {part.why}".removesuffix("; ")
+    numbers: dict[str, float | None] = {"coef": getattr(part.made, "coef", None)}
+    needs = part.made.needs if isinstance(part.made, AuxTerm) else ()
+    if "reference" in needs:
+        numbers["reference"] = place.of(credit.arrays.get("reference"))
+        numbers["rollout"] = place.of([turn.logprobs for turn in trajectory.turns])
+    if "entropy" in needs and (entropies := trajectory.turns[place.turn].entropies) is not None:
+        numbers["the engine's entropy"] = float(entropies[place.token])
+    return Link("term", part.name, None, of, numbers)
 
 
 # -- the group as it was ---------------------------------------------------------------------------
@@ -284,6 +338,8 @@ def group_of(reader: StoreReader, siblings: Sequence[Credit], credit: Credit) ->
     members = []
     mine: Member | None = None
     for c in siblings:
+        if c.advantages is None and c.reward is not None:
+            continue  # an editor had dropped it: the estimator never saw it
         member = Member(replace(trajectories[c.id], turns=resolve(c.id)), c.source, c.reward)  # type: ignore[arg-type]
         member.reward = c.reward
         member.parts = dict(c.parts)
@@ -297,7 +353,7 @@ def group_of(reader: StoreReader, siblings: Sequence[Credit], credit: Credit) ->
 
 
 def _same_turn(one: Member, other: Member, turn: int) -> bool:
-    return one.trajectory.turns[turn] is other.trajectory.turns[turn]
+    return turn < len(one.trajectory.turns) and one.trajectory.turns[turn] is other.trajectory.turns[turn]
 
 
 def _token(reader: StoreReader, trajectory: Trajectory, turn: int, token: int) -> dict[str, Any]:
@@ -319,13 +375,3 @@ def _token(reader: StoreReader, trajectory: Trajectory, turn: int, token: int) -
         "entropy": None if entropies is None else float(entropies[token]),
         "version": versions[token],
     }
-
-
-def _value(arrays: Sequence[Floats] | None, turn: int, token: int, missing: float | None = None) -> float | None:
-    return missing if arrays is None else float(arrays[turn][token])
-
-
-def _type(part: object) -> str:
-    if isinstance(part, Mapping):
-        return str(part.get("type", ""))
-    return part if isinstance(part, str) else ""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from agentrl.algo.loss import LOSS_WEIGHTS
 from agentrl.store import Credit
 from agentrl.trajectory import Floats, Ids, Span, Trajectory
 
@@ -129,7 +130,10 @@ def shared(rows: Sequence[Ids | None]) -> tuple[int, list[int | None]]:
 
 
 def arrays_of(view: View, credit: Credit | None) -> dict[str, Array]:
-    """What is known of each token, by name; all arrays are [n], NaN (or -1) where a token has no such number."""
+    """What is known of each token, by name; all arrays are [n], NaN (or -1) where a token has no such number.
+
+    `mask` says which tokens the policy sampled, `trained` which of them the loss looked at, where that was recorded.
+    """
     n = view.ids.size
     mask = np.zeros(n, np.uint8)
     mask[view.sampled] = 1
@@ -153,9 +157,25 @@ def arrays_of(view: View, credit: Credit | None) -> dict[str, Array]:
             if values is not None and sum(part.size for part in values) == view.sampled.size:
                 out[name] = np.full(n, np.nan, np.float32)
                 out[name][view.sampled] = np.concatenate(values) if values else []
+        which = trained(credit, view.sampled.size)
+        if which is not None:
+            out["trained"] = np.zeros(n, np.uint8)
+            out["trained"][view.sampled] = which
         if "old" in out:
             out["ratio"] = np.exp(np.clip(out["old"] - logprob, -20, 20)).astype(np.float32)
     return out
+
+
+def trained(credit: Credit, n: int) -> Array | None:
+    """Which of all turns' `n` sampled tokens the loss looked at, [n]; None where the record does not say (it is of an
+    earlier version)."""
+    if credit.advantages is None:
+        return np.zeros(n, bool)  # dropped, or without a reward
+    loss = credit.arrays.get(LOSS_WEIGHTS)
+    if not loss or sum(part.size for part in loss) != n:
+        return None
+    which = np.concatenate(loss) > 0
+    return which if credit.weights is None else which & (np.concatenate(credit.weights) != 0)
 
 
 def packed(view: View, arrays: Mapping[str, Array], pieces: Mapping[int, str], span: tuple[int, int]) -> bytes:

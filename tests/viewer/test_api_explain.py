@@ -46,7 +46,10 @@ def test_it_adds_up_for_every_credited_member(client: TestClient, keys: dict[str
         assert math.isclose(advantage["value"], float(credit.advantages[turn][0]), abs_tol=1e-6)
         assert math.isclose(advantage["numbers"]["made again"], advantage["value"], abs_tol=1e-5)
         assert link(answer, "shaped reward")["value"] == credit.reward
+        assert answer["adds_up"] is True and answer["unchecked"] is None
         push = link(answer, "push")
+        assert (name == "flow") == any(line["component"] == "kl" for line in answer["chain"])
+        assert (name == "flow") == ("without the terms above: kl" in push["of"])
         assert math.isclose(push["value"], math.prod(push["numbers"].values()), rel_tol=1e-6)
 
 
@@ -74,12 +77,31 @@ def test_the_baseline_is_the_groups(client: TestClient, keys: dict[str, str], ru
     credit = credited(runs / "grpo")[0]
     with StoreReader(runs / "grpo") as reader:
         rewards = [c.reward for c in reader.credits(group=credit.group_id, step=credit.step)]
-    numbers = link(chain(client, keys["grpo"], credit, 0, 0), "group baseline")["numbers"]
-    assert numbers["n"] == len(rewards)
-    assert math.isclose(numbers["mean"], float(np.mean(rewards)))  # type: ignore[arg-type]
+    baseline = link(chain(client, keys["grpo"], credit, 0, 0), "group baseline")
+    assert baseline["numbers"]["n"] == len(rewards)
+    assert math.isclose(baseline["value"], float(np.mean(rewards)))  # type: ignore[arg-type]
     estimator = link(chain(client, keys["grpo"], credit, 0, 0), "estimator")
-    by_hand = (credit.reward - numbers["mean"]) / (numbers["std (n - 1)"] + estimator["numbers"]["eps"])  # type: ignore[operator]
+    numbers = estimator["numbers"]
+    assert math.isclose(numbers["std"], float(np.std(rewards, ddof=1)))  # type: ignore[arg-type]
+    by_hand = (credit.reward - numbers["mean"]) / (numbers["std"] + numbers["eps"])  # type: ignore[operator]
     assert math.isclose(estimator["value"], by_hand, abs_tol=1e-6)
+
+
+def test_the_baseline_of_rows_is_the_one_that_was_used(client: TestClient, keys: dict[str, str], runs: Path) -> None:
+    uneven = 0
+    for credit in credited(runs / "flow"):
+        with StoreReader(runs / "flow") as reader:
+            siblings = reader.credits(group=credit.group_id, step=credit.step)
+            turns = [len(reader.get(c.id).turns) for c in siblings]
+        rewards = np.repeat([c.reward for c in siblings], turns)  # type: ignore[arg-type]
+        numbers = link(chain(client, keys["flow"], credit, 0, 0), "estimator")["numbers"]
+        assert math.isclose(numbers["mean"], float(rewards.mean()), abs_tol=1e-9)
+        assert math.isclose(numbers["std"], float(rewards.std(ddof=1)), abs_tol=1e-9)
+        by_hand = (numbers["reward"] - numbers["mean"]) / (numbers["std"] + numbers["eps"])
+        assert credit.advantages is not None
+        assert math.isclose(by_hand, float(credit.advantages[0][0]), abs_tol=1e-5)
+        uneven += len(set(turns)) > 1
+    assert uneven
 
 
 def test_a_shared_turn_gets_the_mean_of_its_branches(client: TestClient, keys: dict[str, str], runs: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from agentrl.cli import run as command
 from agentrl.store import StoreReader
+from agentrl.store.batches import export_batches
 from agentrl.trajectory import rows_of
 
 pytestmark = pytest.mark.xdist_group("viewer")
@@ -75,6 +76,56 @@ def test_batches_hold_the_rows_that_trained(runs: Path, tmp_path: Path, name: st
         assert ("ref_log_prob" in got) == (name == "flow")
     else:
         assert int(got["num_items_in_batch"]) == sum(row.targets.size for _, row, _ in wanted)
+
+
+@pytest.mark.parametrize("form", ["verl", "trl"])
+def test_the_weights_of_shared_tokens_are_in_the_advantages(runs: Path, tmp_path: Path, form: str) -> None:
+    assert command(["export", str(runs / "arpo"), str(tmp_path / "out"), f"--format={form}"]) == 0
+    fractional, total = 0, 0.0
+    for step in range(2):
+        with StoreReader(runs / "arpo") as reader:
+            credits = [c for c in reader.credits(stage="rl", step=step) if c.advantages is not None]
+        wanted = 0.0
+        for credit in credits:
+            weights = credit.weights or [np.ones_like(a) for a in credit.advantages or ()]
+            fractional += sum(int(((w > 0) & (w < 1)).sum()) for w in weights)
+            pairs = zip(credit.advantages or (), weights, strict=True)
+            wanted += sum(float(np.abs(a * w).sum(dtype=np.float64)) for a, w in pairs)
+        with safe_open(tmp_path / f"out/rl-{step:06d}.safetensors", "np") as file:
+            mask = file.get_tensor("response_mask" if form == "verl" else "tool_mask")
+            got = np.abs(file.get_tensor("advantages") * mask).sum(dtype=np.float64)
+            assert file.metadata()["weights"] == "multiplied into advantages"
+        assert np.isclose(got, wanted, rtol=1e-5)
+        total += wanted
+    assert fractional and total
+
+
+def test_an_export_that_fails_leaves_nothing(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    for limit in ("-1", "0"):
+        assert command(["export", str(runs / "grpo"), str(out), "--format=jsonl", "-n", limit]) == 2
+        said = capsys.readouterr().err
+        assert "the limit is a number of trajectories from 1 on" in said and "Traceback" not in said
+    for form in ("jsonl", "parquet", "html"):
+        assert command(["export", str(runs / "grpo"), str(out), f"--format={form}", "--search=!!!"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_that_fail_leave_nothing(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Path] = []
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        Path(path).write_bytes(b"half of it")
+        assert not list((tmp_path / "out").glob("*.safetensors")) or done
+        if done:
+            raise OSError(28, "No space left on device")
+        done.append(Path(path))
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with StoreReader(runs / "grpo") as reader, pytest.raises(OSError, match="No space"):
+        export_batches(reader, tmp_path / "out", "trl", stage=None, step=None)
+    assert done and done[0].suffix == ".part"
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_batches_are_whole_steps(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,6 +54,12 @@ stages:
   prompts: 8
   samples: 8
   estimator: {type: grpo}
+  shapers: [{type: tool_cost, weight: 0.02}]
+  transforms: []
+  behaviour: {type: rollout}
+  surrogate: {type: ppo_clip}
+  aggregator: {type: token_mean}
+  aux: []
 """
 
 

@@ -7,10 +7,11 @@ import { board, table, unified } from '../src/lib/hints'
 import { after } from '../src/lib/live.svelte'
 import { briefly, joined, sections, series, smooth, stages, ticks } from '../src/lib/metrics'
 import { keyed, link, parse } from '../src/lib/route'
-import { classes, METRICS, step } from '../src/lib/scale'
+import { classes, METRICS, metricsOf, step } from '../src/lib/scale'
 import { cut, parts, visible } from '../src/lib/text'
 import { chunked, decode, lines, place, position, type Block } from '../src/lib/tokens'
 import { layout } from '../src/lib/tree'
+import { verdict } from '../src/lib/verdict'
 import { Heights, rows } from '../src/lib/virtual'
 
 const metric = (name: string) => METRICS.find((m) => m.name === name)!
@@ -92,7 +93,14 @@ describe('scales', () => {
     expect(surprise.at(-1)).toBe(8)
     expect(of('ratio', [1, 0.5, 2])).toEqual([4, 0, 8])
     expect(of('advantage', [0, -9, 9])).toEqual([4, 0, 8])
-    expect(of('mask', [0, 1])).toEqual([8, 0])
+    expect(of('trained', [0, 1])).toEqual([8, 0])
+  })
+  it('call a token trained only where that was recorded', () => {
+    const seventh = (arrays: object | undefined) => metricsOf(arrays as Record<string, unknown>).filter((m) => m.key === '7').map((m) => m.label)
+    expect(seventh({ mask: [1], trained: [0] })).toEqual(['trained'])
+    expect(seventh({ mask: [1] })).toEqual(['sampled'])
+    expect(seventh(undefined)).toEqual(['sampled'])
+    expect(metric('mask').help).not.toMatch(/trained by/)
   })
   it('leave tokens without a number without a class', () => {
     expect([...classes(metric('entropy'), new Float32Array([NaN]), 1)]).toEqual([255])
@@ -123,6 +131,17 @@ describe('scales', () => {
         for (const ground of ['bg', 'surface', 'sunk']) expect(contrast(theme.get(ink)!, theme.get(ground)!), `${ink} on ${ground}`).toBeGreaterThanOrEqual(4.5)
     }
     expect(pairs).toBe(48)
+  })
+})
+
+describe('an explanation', () => {
+  it('is called right only where it was checked', () => {
+    expect(verdict({ adds_up: true, unchecked: null })).toEqual(['good', expect.stringContaining('✓')])
+    expect(verdict({ adds_up: false, unchecked: null })[0]).toBe('bad')
+    const [kind, text] = verdict({ adds_up: null, unchecked: 'the estimator is not the framework’s' })
+    expect(kind).toBe('dim')
+    expect(text).toBe('As recorded, not checked: the estimator is not the framework’s.')
+    expect(verdict({ adds_up: null, unchecked: null })[1]).not.toContain('✓')
   })
 })
 

@@ -38,9 +38,16 @@ export const METRICS: readonly Metric[] = [
   { name: 'advantage', label: 'advantage', key: '4', kind: 'div', help: 'the credit that the token trains with', q: (v) => step(ADVANTAGE, v), ends: ['< −1.5', '> 1.5'] },
   { name: 'weight', label: 'weight', key: '5', kind: 'seq', help: 'what the loss multiplies the token by', q: (v) => step(SHARE, v), ends: ['0', '> 2.5'] },
   { name: 'version', label: 'weight version', key: '6', kind: 'cat', help: 'which weights sampled the token', q: (v) => (v < 0 ? -1 : v % 8), ends: ['', ''] },
-  { name: 'mask', label: 'mask', key: '7', kind: 'cat', help: 'trained by the loss, or not', q: (v) => (v > 0 ? 0 : 8), ends: ['', ''] },
+  { name: 'trained', label: 'trained', key: '7', kind: 'cat', help: 'looked at by the loss, or not', q: (v) => (v > 0 ? 0 : 8), ends: ['trained', 'not trained'] },
+  { name: 'mask', label: 'sampled', key: '7', kind: 'cat', help: 'sampled by the policy, or not; what was trained is not recorded here', q: (v) => (v > 0 ? 0 : 8), ends: ['sampled', 'not sampled'] },
   { name: 'age', label: 'age', key: '8', kind: 'seq', help: 'how many updates behind the trainer the token was', q: (v) => (v < 0 ? -1 : step(AGE, v)), ends: ['0', '> 16'] },
 ]
+
+/** The metrics of one answer: whether tokens were trained where that was recorded, else whether they were sampled. */
+export function metricsOf(arrays: Record<string, unknown> | undefined): readonly Metric[] {
+  const other = arrays?.trained ? 'mask' : 'trained'
+  return METRICS.filter((m) => m.name !== other)
+}
 
 export const PLAIN: Metric = { name: 'none', label: 'plain', key: '0', kind: 'seq', help: 'no colour', q: () => -1, ends: ['', ''] }
 

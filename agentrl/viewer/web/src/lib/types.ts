@@ -169,7 +169,9 @@ export interface DiffTurn { index: number; same: boolean; a: Turn | null; b: Tur
 export interface Explained {
   token: Record<string, any>
   chain: { name: string; component: string | null; value: Num; of: string; numbers: Record<string, Num> }[]
-  adds_up?: boolean
+  /** null: the advantage was not made again, and `unchecked` says why. */
+  adds_up: boolean | null
+  unchecked: string | null
 }
 export interface Flight {
   id: string
