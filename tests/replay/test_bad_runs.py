@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Damage, tuple[int, str], tuple[int, str], tuple[int, str]
         lambda run: shutil.rmtree(run / "seg"),
         (1, "main-0.bin is missing; restore it from a copy"), (2, "can be read: sft-0-demo/"), (0, "lists 4"),
     ),
-    "another index version": (version, (2, REBUILD), (2, REBUILD), (2, "has format 99, this version reads 2")),
+    "another index version": (version, (2, REBUILD), (2, REBUILD), (2, "has format 99, this version reads 3")),
     "an index of garbage": (put("index.sqlite", "garbage" * 500), (1, REBUILD), (1, REBUILD), (1, "is damaged")),
     "an empty index": (put("index.sqlite", ""), (2, REBUILD), (2, REBUILD), (2, REBUILD)),
     "no index": (drop("index.sqlite"), (2, REBUILD), (2, REBUILD), (2, "its segments are there")),
