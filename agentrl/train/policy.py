@@ -178,6 +178,8 @@ class Policy:
                 self.model_for_engine().save_pretrained(str(folder))
             else:
                 self.model.save_pretrained(str(folder))  # type: ignore[operator]
+        for weights in Path(folder).glob("*.safetensors"):
+            weights.chmod(0o644)  # they come out private, and servers may run as somebody else
         self.tokenizer.save_pretrained(str(folder))
         if self.pictures is not None:
             self.pictures.save(Path(folder))

@@ -63,6 +63,7 @@ def test_a_folder_loads_trains_and_saves(arch: str, folder_of: Callable[[str], P
         for p in policy.trainable().values():
             p += 0.5 * p.grad
     policy.save_hf(tmp_path / "saved")
+    assert all(path.stat().st_mode & 0o444 == 0o444 for path in (tmp_path / "saved").iterdir())
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
     torch.testing.assert_close(plain_logprobs(saved, rows)[0], token_logprobs(policy, rows).logprobs, atol=1e-5, rtol=0)
     again = AutoTokenizer.from_pretrained(tmp_path / "saved")
