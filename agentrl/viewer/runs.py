@@ -324,6 +324,7 @@ class Runs:
         self._lock = threading.Lock()
         self._walking = threading.Lock()
         self._rested = -math.inf  # when the folders may be searched again
+        self._seen: tuple[Any, ...] = ()
         self._open = Open()
         self._runs: dict[Path, Run] = {}
         self._keys: dict[str, Run] = {}
@@ -334,7 +335,9 @@ class Runs:
         """Every run that is there now, or was, but for `left_out` of them. Looks into the folders, if not just done."""
         with self._walking:  # a big tree takes seconds: whoever names a run that is known does not wait for it
             began = time.monotonic()
-            if began >= self._rested:
+            now = tuple(_stamp(folder) for folder in self._folders)
+            if began >= self._rested or now != self._seen:  # a folder that got a new run says so itself
+                self._seen = now
                 left_out = 0
                 for path in find(self._folders):
                     with self._lock:

@@ -205,10 +205,13 @@ def test_a_run_is_named_while_the_folders_are_searched(
 
     real = runs_module.find
     monkeypatch.setattr(runs_module, "find", find)
+    monkeypatch.setattr(runs_module, "_PAUSE", 3600.0)
     assert len(known.all()) == 2
     for key in ("r7", "nosuch", "r0", "r1"):
         known.get(key)
     assert len(known.all()) == 2 and len(walks) == 1  # a second has not passed
+    shutil.copytree(tmp_path / "many/run000", tmp_path / "many/run002", symlinks=True)
+    assert len(known.all()) == 3 and len(walks) == 2  # the folder says that it has another one
 
 
 def test_runs_beyond_the_most_are_counted(tmp_path: Path, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
