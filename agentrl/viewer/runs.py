@@ -13,6 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -166,15 +167,19 @@ class Run:
         return {**{name: value for name, value in known.items() if name[0] != "_"}, "status": status}
 
     def _look(self, summary: dict[str, Any] | None) -> dict[str, Any]:
-        problems: list[str] = []
-        _, config = self.config()
         reader: StoreReader | None = None
         unopened = ""
-        try:
-            reader = self._slot.glance()
-        except (AgentRLError, OSError) as error:
-            self._said(error)
-            unopened = self._unopened(error)
+        with ExitStack() as stack:
+            try:
+                reader = stack.enter_context(self._slot.glance())
+            except (AgentRLError, OSError) as error:
+                self._said(error)
+                unopened = self._unopened(error)
+            return self._seen(summary, reader, unopened)
+
+    def _seen(self, summary: dict[str, Any] | None, reader: StoreReader | None, unopened: str) -> dict[str, Any]:
+        problems: list[str] = []
+        _, config = self.config()
         info: dict[str, Any] = {}
         if not self.folder.is_dir():
             problems.append(f"{self.folder} is not a folder")
