@@ -8,6 +8,8 @@ closes when the last request that still reads with it has ended.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from agentrl.store import StoreReader, index
@@ -45,13 +47,18 @@ class Slot:
         self._open.used(self)
         return found
 
-    def glance(self) -> Reader:
-        """A reader for one look: the one that is open, else one that closes when it is let go of. Raises as `get`."""
+    @contextmanager
+    def glance(self) -> Iterator[StoreReader]:
+        """A reader for one look: the one that is open, else one that is closed afterwards. Raises as `get`."""
         with self._lock:
-            if self._reader is not None and self._current():
-                return self._reader
-            self._reader = None
-        return Reader(self._folder)
+            if not self._current():
+                self._reader = None
+            known = self._reader
+        if known is not None:
+            yield known
+        else:
+            with StoreReader(self._folder) as reader:
+                yield reader
 
     def drop(self) -> None:
         """Let go of the reader."""

@@ -13,6 +13,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from datetime import datetime
 from itertools import count
 from pathlib import Path
@@ -166,15 +167,19 @@ class Run:
         return {**{name: value for name, value in known.items() if name[0] != "_"}, "status": status}
 
     def _look(self, summary: dict[str, Any] | None) -> dict[str, Any]:
-        problems: list[str] = []
-        _, config = self.config()
         reader: StoreReader | None = None
         unopened = ""
-        try:
-            reader = self._slot.glance()
-        except (AgentRLError, OSError) as error:
-            self._said(error)
-            unopened = self._unopened(error)
+        with ExitStack() as stack:
+            try:
+                reader = stack.enter_context(self._slot.glance())
+            except (AgentRLError, OSError) as error:
+                self._said(error)
+                unopened = self._unopened(error)
+            return self._seen(summary, reader, unopened)
+
+    def _seen(self, summary: dict[str, Any] | None, reader: StoreReader | None, unopened: str) -> dict[str, Any]:
+        problems: list[str] = []
+        _, config = self.config()
         info: dict[str, Any] = {}
         if not self.folder.is_dir():
             problems.append(f"{self.folder} is not a folder")
@@ -324,6 +329,7 @@ class Runs:
         self._lock = threading.Lock()
         self._walking = threading.Lock()
         self._rested = -math.inf  # when the folders may be searched again
+        self._seen: tuple[Any, ...] = ()
         self._open = Open()
         self._runs: dict[Path, Run] = {}
         self._keys: dict[str, Run] = {}
@@ -334,7 +340,9 @@ class Runs:
         """Every run that is there now, or was, but for `left_out` of them. Looks into the folders, if not just done."""
         with self._walking:  # a big tree takes seconds: whoever names a run that is known does not wait for it
             began = time.monotonic()
-            if began >= self._rested:
+            now = tuple(_stamp(folder) for folder in self._folders)
+            if began >= self._rested or now != self._seen:  # a folder that got a new run says so itself
+                self._seen = now
                 left_out = 0
                 for path in find(self._folders):
                     with self._lock:

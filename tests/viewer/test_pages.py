@@ -385,6 +385,23 @@ def test_the_tree_joins_forks_to_their_parents(see: Open) -> None:
     page.get_by_text("forked from").wait_for()
 
 
+def test_a_difference_of_prompts_is_one(see: Open, base: str) -> None:
+    with urllib.request.urlopen(f"{base}/api/runs", timeout=30) as reply:
+        run = next(run for run in json.load(reply)["runs"] if run["name"] == "grpo")
+    asked = f"{base}/api/trajectories?run={run['run']}&stage=rl&limit=100"
+    with urllib.request.urlopen(asked, timeout=30) as reply:
+        entries = json.load(reply)["entries"]
+    other = next(entry for entry in entries if entry["task_id"] != entries[0]["task_id"])
+    page = see(at(run["run"], "diff", a=entries[0]["id"], b=other["id"]))
+    page.get_by_role("link", name="first at turn 1, in its prompt").wait_for()
+    first = page.get_by_role("region", name="Turn 1", exact=True)
+    assert "another prompt" in first.inner_text()
+    assert first.locator("pre .del").first.inner_text() != first.locator("pre .add").first.inner_text()
+    page.get_by_role("link", name="first at turn 1, in its prompt").click()
+    page.get_by_role("grid").or_(page.locator("aside")).first.wait_for()
+    assert "view=tokens" in page.url and "turn=0" in page.url
+
+
 def test_screens_have_click_marks(see: Open) -> None:
     page = see(PAGES["screens"])
     mark = page.locator(".click")
