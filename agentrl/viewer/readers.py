@@ -17,31 +17,24 @@ from agentrl.store import StoreReader, index
 MOST = 32  # stores that are open though nobody reads them
 
 
-class Reader(StoreReader):
-    """A reader that closes itself once nobody has it any more."""
-
-    def __del__(self) -> None:
-        self.close()
-
-
 class Slot:
     """The reader of one run, while it is open. `generation` counts the files that it was opened on."""
 
     def __init__(self, folder: Path, open: Open) -> None:
         self._folder, self._open = folder, open
         self._lock = threading.Lock()
-        self._reader: Reader | None = None
+        self._reader: StoreReader | None = None
         self._file: tuple[int, int] | None = None
         self.generation = 0
 
-    def get(self) -> Reader:
+    def get(self) -> StoreReader:
         """The reader of what is there now, kept open. Raises `UsageError`, `RunFailed` or `OSError`."""
         with self._lock:
             found = self._reader if self._current() else None
             if found is None:
-                self._reader = None
+                self._close()
                 file = _file(self._folder)
-                found = self._reader = Reader(self._folder)
+                found = self._reader = StoreReader(self._folder)
                 if file != self._file:
                     self._file, self.generation = file, self.generation + 1
         self._open.used(self)
@@ -52,7 +45,7 @@ class Slot:
         """A reader for one look: the one that is open, else one that is closed afterwards. Raises as `get`."""
         with self._lock:
             if not self._current():
-                self._reader = None
+                self._close()
             known = self._reader
         if known is not None:
             yield known
@@ -63,6 +56,11 @@ class Slot:
     def drop(self) -> None:
         """Let go of the reader."""
         with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._reader is not None:
+            self._reader.close()  # what is read with it at this moment comes to its end
             self._reader = None
 
     def _current(self) -> bool:
