@@ -205,10 +205,12 @@ class Run:
             if (self.folder / "summary.json").exists() and summary is None:
                 problems.append("summary.json cannot be read")
             if reader is not None and reader.format != index.FORMAT:
+                search = "no full-text search, and " if reader.format < 2 else ""
                 problems.append(
-                    f"the index has format {reader.format}: no full-text search, and lists are slower; "
+                    f"the index has format {reader.format}: {search}lists are slower; "
                     f"run: agentrl index {self.folder} --rebuild"
                 )
+            problems += reader.problems if reader is not None else ()
             problems += self._lost(reader, summary)
         lines: list[dict[str, Any]] = []
         damaged = 0

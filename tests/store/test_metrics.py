@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,10 @@ def test_wandb_is_offline_without_a_key(tmp_path: Path) -> None:
         metrics.log(1, "rl", {"loss": 0.5})
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     (log,) = run.glob("*.wandb")
-    assert b"rl/loss" in log.read_bytes()
+    deadline = time.monotonic() + 60  # wandb's own process may write on after `finish`
+    while b"rl/loss" not in log.read_bytes():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     assert not has_wandb_key()
     with pytest.raises(UsageError, match=r"no key is set; set WANDB_API_KEY, or choose wandb offline"):
         Metrics(tmp_path, wandb="online")
