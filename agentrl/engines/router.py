@@ -9,6 +9,7 @@ by the client's own routes.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class RouterLaunch:
 
     def environment(self) -> dict[str, str]:
         """What is added to the environment: it imports what a server does."""
-        return {"PYTHONPATH": str(SHIMS / "sglang_cpu")} if self.device == "cpu" else {}
+        shims = [str(SHIMS / "torchvision_cpu"), str(SHIMS / "sglang_cpu")]
+        return {"PYTHONPATH": os.pathsep.join(shims)} if self.device == "cpu" else {}
 
 
 def check_installed(python: Path) -> None:

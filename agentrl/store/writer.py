@@ -360,7 +360,10 @@ class StoreWriter:
     def _unknown(self, ids: Ids) -> list[tuple[int, str]]:
         """The text of those ids that are not stored yet."""
         self._grow(int(ids.max(initial=0)) + 1)
-        fresh = np.unique(ids[~self._seen[ids]]).astype(np.int32)
+        new = ids[~self._seen[ids]]
+        if not new.size:  # nearly always, and `unique` is dear
+            return []
+        fresh = np.unique(new).astype(np.int32)
         return list(zip(fresh.tolist(), self._texts_of(fresh), strict=True))
 
     def _texts_of(self, ids: Ids) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import time
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol
@@ -75,6 +76,8 @@ class Trainer:
         session: Session | None = None
         try:
             session = await self._open()
+            gc.collect()
+            gc.freeze()  # libraries left a million objects, which every full collection of a step would walk
             labels = stage_labels(self.config.stages)
             for index in range(self.progress.stage, len(labels)):
                 await self._stage(session, index, labels[index])
@@ -83,6 +86,7 @@ class Trainer:
             status = "cancelled"
             raise
         finally:
+            gc.unfreeze()
             summary = self._summary(status)
             summary.write(self.folder.path)
             if session is not None:

@@ -125,7 +125,7 @@ def test_content_is_text_on_every_page(see: Open, hostile: Path, name: str) -> N
         dump.get_by_role("button", name="Show").click()
         page.get_by_role("button", name="raw").first.click()
     if name == "tokens":
-        page.get_by_text("group baseline").wait_for()
+        page.get_by_text("reward parts").wait_for()
         page.locator(".tk").nth(5).hover()
     page.wait_for_timeout(150)
     found = page.evaluate(FOUND)
