@@ -165,7 +165,7 @@ def test_curves_are_found_smoothed_and_read_by_keys(see: Open) -> None:
     assert page.get_by_role("slider", name="Reward", exact=True).count() == 0
     page.keyboard.press("Escape")
     page.keyboard.press("s")
-    assert "smooth=0.3" in page.url
+    page.wait_for_url("**smooth=0.3**")
     chart = page.get_by_role("slider", name="Entropy")
     chart.focus()
     page.keyboard.press("Home")
@@ -292,10 +292,10 @@ def test_tokens_have_ids_colours_and_an_explanation(see: Open) -> None:
     page.keyboard.press("l")
     page.wait_for_url("**token=10**")
     page.keyboard.press("h")
-    assert page.url == before
+    page.wait_for_url(before)  # the address follows the keys a moment later
     page.keyboard.press("2")
     page.keyboard.press("n")
-    assert "token=9" not in page.url
+    page.wait_for_url(lambda url: "token=9" not in url)
     token = page.locator(".tk").nth(40)
     token.hover()
     assert page.get_by_role("tooltip").get_by_text("position").is_visible()
@@ -399,7 +399,7 @@ def test_a_difference_of_prompts_is_one(see: Open, base: str) -> None:
     assert first.locator("pre .del").first.inner_text() != first.locator("pre .add").first.inner_text()
     page.get_by_role("link", name="first at turn 1, in its prompt").click()
     page.get_by_role("grid").or_(page.locator("aside")).first.wait_for()
-    assert "view=tokens" in page.url and "turn=0" in page.url
+    page.wait_for_url(lambda url: "view=tokens" in url and "turn=0" in url)
 
 
 def test_screens_have_click_marks(see: Open) -> None:
