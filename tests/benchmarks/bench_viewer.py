@@ -212,9 +212,9 @@ def main() -> None:
             took = indexed(place, rows)
             import agentrl.viewer.app as app
 
-            keep, app.snippet = app.snippet, lambda *_: []  # there is nothing to open
+            keep, app.snippets = app.snippets, lambda _, entries, *__: [None] * len(entries)  # nothing to open
             found = pages(place, asked.repeats, QUERIES)
-            app.snippet = keep
+            app.snippets = keep
             result[f"indexed {rows}"] = {"insert_us": 1e6 * took / rows, "pages": found}
             size = sum(path.stat().st_size for path in place.glob("index.sqlite*")) / rows
             say(f"indexed {rows}: {1e6 * took / rows:.0f} us a row with its search text, {size:.0f} bytes\n")
