@@ -3,7 +3,7 @@
     magic  meta length  body length  crc32  kind  flags | meta (msgpack) | body
 
 All integers are little-endian. The checksum covers everything but the magic and itself. The body is
-a zstd block, or raw bytes where flag RAW is set (frames that live for seconds). A file of frames is
+a zstd block, or raw bytes where flag RAW is set (frames that live for seconds, and small ones). A file of frames is
 append-only, so the only damage a crash can do is a torn tail; `scan` finds where it begins.
 """
 
@@ -26,6 +26,7 @@ from agentrl.errors import AgentRLError
 
 MAGIC = b"aRf1"
 RAW = 1
+_SMALL = 1024  # bytes of a body that a compressor would make some hundred shorter, and take longest of all over
 _HEAD = struct.Struct("<4sIIIBB")
 _SIZES = struct.Struct("<IIBB")
 _BIG_INT, _ARRAY = 1, 2
@@ -130,8 +131,9 @@ class Encoder:
             return _pack_deep(value)
 
     def frame(self, kind: Kind, meta: Any, body: bytes, *, raw: bool = False) -> bytes:
-        """The bytes of one frame."""
+        """The bytes of one frame; a small body stays `raw` in any case."""
         head = self.pack(meta)
+        raw = raw or len(body) < _SMALL
         if not raw:
             body = self._compress(body)
         flags = RAW if raw else 0

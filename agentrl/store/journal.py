@@ -68,7 +68,7 @@ class Journal:
             path.unlink()
 
     def append(self, key: EpisodeKey, index: int, turn: Turn, words: Words | None = None) -> None:
-        """Write turn `index` of an episode. Writing an index again replaces that turn and drops later ones."""
+        """Append turn `index` of an episode; `flush` writes it. Where it was there, later turns go, too."""
         episode = self._open.get(key)
         fresh = episode is None or episode.next != index
         if episode is None:
@@ -85,6 +85,9 @@ class Journal:
         meta = (*_meta(key), index, fresh)
         episode.context, episode.next = turn.context, index + 1
         self._place(key, self._encoder.frame(Kind.TURN, meta, body, raw=True))
+
+    def flush(self) -> None:
+        """What was appended survives the process from now on."""
         self._file.flush()
 
     def _place(self, key: EpisodeKey, frame: bytes) -> None:

@@ -26,6 +26,7 @@ from agentrl.store.credit import credit_out
 from agentrl.store.frames import Encoder, Kind, scan
 from agentrl.store.journal import Journal
 from agentrl.store.key import EpisodeKey
+from agentrl.store.pending import Pending, Waiting
 from agentrl.store.rebuild import catch_up
 from agentrl.store.segments import Segment, check_writer, disk_failed, number_of, series, sync_path, write_all
 from agentrl.store.text import text_of
@@ -45,7 +46,8 @@ class StoreWriter:
     `tokens` says which token arrays to keep: "all", those of every `n`-th step, or of the last `n`
     steps; messages, observations and credit are always kept. A segment is full at `segment_bytes`.
     With `indexed` False it touches no index: readers see what it wrote once a `Collector` has been there, and of
-    an (id, attempt) that is written twice the first counts.
+    an (id, attempt) that is written twice the first counts. `ahead` is how long a turn of an episode in flight may wait
+    before it is written, in seconds; one whose episode is stored by then is not written on its own.
 
     Once the disk has refused to write, every method raises `RunFailed`: reopen the run to go on.
     """
@@ -60,16 +62,20 @@ class StoreWriter:
         n: int = 1,
         indexed: bool = True,
         segment_bytes: int = 256 << 20,
+        ahead: float = 0.0,
     ) -> None:
         if n < 1:
             raise ValueError(f"n must be at least 1, not {n}")
+        if ahead < 0:
+            raise ValueError(f"ahead must be at least 0 seconds, not {ahead}")
         self._media, self._folder = run_dir / "media", run_dir / "seg"
         self._writer, self._full = check_writer(writer), segment_bytes
         self._keep, self._n = tokens, n
         self._pieces_of, self._seen = pieces, np.zeros(0, dtype=bool)
         self._words: dict[int, str] = {}  # the pieces known so far; those of `_seen` are on disk
         self._lock = threading.RLock()
-        self._failed: RunFailed | None = None
+        self._failed: Exception | None = None
+        self._pending = Pending(ahead, self._write_due) if ahead else None
         self._closed = False
         self._encoder = Encoder()
         self._stored: dict[int, Stored] = {}  # spans of the present step, by identity
@@ -137,14 +143,21 @@ class StoreWriter:
     def turn(self, key: EpisodeKey, index: int, turn: Turn) -> None:
         """Write turn `index` of an episode in flight ahead of its trajectory. Survives the process, unsynced.
 
-        `key.id` must be the id of the trajectory to come. A branch writes the turns it inherits, too.
+        `key.id` must be the id of the trajectory to come. A branch writes the turns it inherits, too. Where turns may
+        wait, this returns at once, and a failure to write is raised by the next call.
         """
-        with self._lock, self._guard():
-            self._journal.append(key, index, turn, self._unknown if self._pieces_of is not None else None)
+        if self._pending is None:
+            with self._lock, self._guard():
+                self._write_ahead([Waiting(key, index, turn)])
+        else:
+            self._check()
+            self._pending.put(key, index, turn)
 
     def forget(self, key: EpisodeKey) -> None:
         """The episode will never finish (cancelled, superseded): it is no longer in flight."""
         with self._lock, self._guard():
+            if self._pending is not None:
+                self._pending.drop(key.id, key.attempt)
             self._journal.drop(key)
 
     def add(self, trajectories: Sequence[Trajectory], *, step: int, stage: str, split: str = "train") -> None:
@@ -173,6 +186,8 @@ class StoreWriter:
                 self._stored.clear()  # what was to be shared is not there
                 raise
             for trajectory in trajectories:
+                if self._pending is not None:
+                    self._pending.drop(trajectory.id, trajectory.attempt)
                 self._journal.forget(trajectory.id, trajectory.attempt)
             self._journal.tidy()
 
@@ -231,17 +246,21 @@ class StoreWriter:
                     index.insert(db, extents=[(self._segment.name, self._segment.end)])
 
     def flush(self) -> None:
-        """Acknowledge credit appended so far."""
+        """Acknowledge credit appended so far, and write the turns that wait."""
         with self._lock, self._guard():
             self._commit(_Batch(self._segment.end, -1))
+            if self._pending is not None:
+                self._write_ahead(self._pending.take(everything=True))
 
     def close(self) -> None:
         """Acknowledge everything and let go of the files. Idempotent."""
+        if self._pending is not None:
+            self._pending.close()  # its thread may be waiting for the lock
         with self._lock:
             if self._closed:
                 return
             try:
-                if self._failed is None and (self._credit or self._unsynced):
+                if self._failed is None and (self._credit or self._unsynced or self._pending is not None):
                     self.flush()
             finally:
                 self._closed = True
@@ -263,10 +282,7 @@ class StoreWriter:
     @contextmanager
     def _guard(self) -> Iterator[None]:
         """Refuse to go on after a failure of the disk, and turn SQLite's failures into sentences."""
-        if self._closed:
-            raise RuntimeError("this StoreWriter is closed")
-        if self._failed is not None:
-            raise self._failed
+        self._check()
         try:
             yield
         except RunFailed as error:
@@ -275,6 +291,27 @@ class StoreWriter:
         except sqlite3.DatabaseError as error:
             self._failed = index.index_failed(self._index_path, error)
             raise self._failed from error
+
+    def _check(self) -> None:
+        if self._closed:
+            raise RuntimeError("this StoreWriter is closed")
+        if self._failed is not None:
+            raise self._failed
+
+    def _write_due(self) -> None:
+        """Write the turns that have waited long enough. Nobody hears of a failure here: the next call raises it."""
+        assert self._pending is not None
+        with self._lock:
+            if self._failed is None:
+                try:
+                    self._write_ahead(self._pending.take())
+                except Exception as error:
+                    self._failed = error
+
+    def _write_ahead(self, turns: Sequence[Waiting]) -> None:
+        for key, number, turn in turns:
+            self._journal.append(key, number, turn, self._unknown if self._pieces_of is not None else None)
+        self._journal.flush()
 
     def _roll(self) -> None:
         """Start a new segment where the present one is full."""

@@ -38,6 +38,7 @@ from agentrl.train.stages import RLStage, SupervisedStage, TrainingStage
 from agentrl.train.supervised import SupervisedRunner
 from agentrl.train.supply import usable
 
+AHEAD = 1.0  # seconds that a turn may wait for the end of its episode before it is written on its own
 Status = Literal["completed", "failed", "cancelled"]
 
 
@@ -131,7 +132,9 @@ class Trainer:
         opened.callback(metrics.close)
         if folder.info.resumed:  # also where no checkpoint was written yet: its lines come again
             metrics.rewind(stage_labels(config.stages), self.progress.stage, self.progress.step)
-        writer = StoreWriter(folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n)
+        writer = StoreWriter(
+            folder.path, pieces=policy.pieces, tokens=config.store.tokens, n=config.store.n, ahead=AHEAD
+        )
         opened.callback(writer.close)
         policy.album = writer.picture
         chat, chaos = make_chat(config, policy.tokenizer, policy.pictures), make_chaos(config)

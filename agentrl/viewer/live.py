@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +42,7 @@ class Watch:
         self._after: Cursor | None = None
         self._generation = 0
         self._status: str | None = None
-        self._flights: tuple[Any, float, list[dict[str, Any]]] = (None, 0.0, [])
+        self._flights: tuple[Any, list[dict[str, Any]]] = (None, [])
         self._following: Flights | None = None
 
     @property
@@ -82,7 +81,7 @@ class Watch:
         if self._generation != self._run.generation:  # what is there already is the list's business
             newest = reader.trajectories(sort="added", descending=True, limit=1)
             self._after, self._generation = newest.last, self._run.generation
-            self._flights, self._following = (None, 0.0, []), None
+            self._flights, self._following = (None, []), None
             return []
         newest = reader.trajectories(sort="added", descending=True, limit=1)
         if newest.last is None or newest.last == self._after:
@@ -100,17 +99,14 @@ class Watch:
         return [("entries", body)]
 
     def _inflight(self) -> list[Event]:
-        stamp, looked, known = self._flights
-        now = time.monotonic()
+        stamp, known = self._flights
         fresh = _journals(self._run)
-        if fresh == stamp or now - looked < 2 * PERIOD:
-            return []
-        if self._run.reader is None:
+        if fresh == stamp or self._run.reader is None:
             return []
         if self._following is None:
             self._following = Flights(self._run.folder / "seg", self._stored)
         episodes = [flight_json(key, turns) for key, turns in self._following.look().items()][:_FLIGHTS]
-        self._flights = (fresh, now, episodes)
+        self._flights = (fresh, episodes)
         return [("inflight", {"episodes": episodes})] if episodes != known or stamp is None else []
 
     def _stored(self, id: str) -> int:

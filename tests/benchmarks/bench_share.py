@@ -26,7 +26,7 @@ from typing import Any
 from machine import describe, load_average
 
 CONFIG = Path(__file__).parents[2] / "configs/quickstart.yaml"
-CALLS = ("turn", "forget", "add", "credit", "image", "rewind", "flush")
+CALLS = ("turn", "forget", "add", "credit", "image", "rewind", "flush", "_write_due")
 
 
 def one(steps: int, out: Path) -> dict[str, Any]:

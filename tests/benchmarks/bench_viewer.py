@@ -210,11 +210,11 @@ def main() -> None:
         for rows in (100_000, asked.rows):
             place = folder / f"rows{rows}"
             took = indexed(place, rows)
-            import agentrl.viewer.app as app
+            from agentrl.viewer import views
 
-            keep, app.snippets = app.snippets, lambda _, entries, *__: [None] * len(entries)  # nothing to open
+            keep, views.snippets = views.snippets, lambda _, entries, *__: [None] * len(entries)  # nothing to open
             found = pages(place, asked.repeats, QUERIES)
-            app.snippets = keep
+            views.snippets = keep
             result[f"indexed {rows}"] = {"insert_us": 1e6 * took / rows, "pages": found}
             size = sum(path.stat().st_size for path in place.glob("index.sqlite*")) / rows
             say(f"indexed {rows}: {1e6 * took / rows:.0f} us a row with its search text, {size:.0f} bytes\n")

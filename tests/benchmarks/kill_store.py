@@ -7,7 +7,7 @@ With one writer the store is opened again after each kill as a resumed run would
 acknowledged is read back and compared. With several, a kill hits one of them or the collector, and the one that was
 hit begins anew while the others go on; all is compared at the end. Then the index is made again from the segments and
 compared with the one that was kept, row by row, search included. Every other life writes in crumbs, so that kills
-tear frames.
+tear frames, and every third lets turns wait before they are written.
 """
 
 from __future__ import annotations
@@ -116,13 +116,18 @@ class Child:
         return steps, [(int(words[1]), int(words[2])) for words in told if words[0] == "turn"]
 
 
+def ways(life: int) -> list[str]:
+    """How the writer of a life writes."""
+    return (["--slow"] if life % 2 else []) + (["--ahead"] if life % 3 == 0 else [])
+
+
 def one_writer(folder: Path, kills: int, rng: np.random.Generator) -> tuple[list[int], list[tuple[int, int]], str]:
     """Lives of one writer, one after the other."""
     steps: list[int] = []
     turns: list[tuple[int, int]] = []
     torn = 0
     for life in range(kills):
-        child = Child(str(folder), str(life * 1_000_000), *(["--slow"] if life % 2 else []))
+        child = Child(str(folder), str(life * 1_000_000), *ways(life))
         time.sleep(float(rng.uniform(0.0, 0.4)))
         more, ahead = child.kill()
         steps += more
@@ -149,8 +154,7 @@ def many_writers(
         if number == 0:
             return Child(str(folder), "--collect")
         first = (number * 1_000 + lives[number]) * 100_000
-        slow = ["--slow"] if (number + lives[number]) % 2 else []
-        return Child(str(folder), str(first), "--writer", f"w{number}", *slow)
+        return Child(str(folder), str(first), "--writer", f"w{number}", *ways(number + lives[number]))
 
     children = [begin(number) for number in range(writers + 1)]
     for kill in range(kills):

@@ -15,6 +15,7 @@ import agentrl
 from agentrl.content import Image
 from agentrl.errors import UsageError
 from agentrl.store import RunFolder, StoreReader, StoreWriter, runs
+from agentrl.store.frames import Kind, frames_of
 
 Damage = Callable[[Path], object]
 
@@ -24,8 +25,10 @@ def segment(run: Path) -> Path:
 
 
 def flip(run: Path) -> None:
+    """Damage the record of the second trajectory."""
     data = bytearray(segment(run).read_bytes())
-    data[len(data) // 2] ^= 255
+    frame = [frame for frame in frames_of(bytes(data)) if frame.kind == Kind.TRAJECTORY][1]
+    data[frame.offset + frame.length // 2] ^= 255
     segment(run).write_bytes(bytes(data))
 
 

@@ -44,13 +44,13 @@ def check(folder: Path, records: ModuleType, added: list[int], turns: list[tuple
         assert not {where.id for where in inflight} & stored.keys()
 
 
-@pytest.mark.parametrize("slow", [False, True])
-def test_kill_9_at_random_moments(tmp_path: Path, records: ModuleType, slow: bool) -> None:
-    rng = np.random.default_rng(int(slow))
+@pytest.mark.parametrize("how", [(), ("--slow",), ("--ahead",)])
+def test_kill_9_at_random_moments(tmp_path: Path, records: ModuleType, how: tuple[str, ...]) -> None:
+    rng = np.random.default_rng(len(how))
     added: list[int] = []
     turns: list[tuple[int, int]] = []
     for life in range(4):
-        command = [sys.executable, str(CHILD), str(tmp_path), str(life * 1_000_000), *(["--slow"] if slow else [])]
+        command = [sys.executable, str(CHILD), str(tmp_path), str(life * 1_000_000), *how]
         child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
         assert child.stdout is not None
         begun = child.stdout.readline()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -9,8 +10,15 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from agentrl.errors import RunFailed
 from agentrl.store import EpisodeKey, StoreReader, StoreWriter, journal
 from agentrl.store.flights import Flights
+from agentrl.store.frames import frames_of
+
+
+def now(at: dict[int, tuple[int, int]]) -> dict[EpisodeKey, int]:
+    """Who is in flight, and how many turns each has."""
+    return {EpisodeKey("rl", 1, "train", "t", n, (), attempt): turns for n, (attempt, turns) in at.items() if turns}
 
 
 def files(folder: Path) -> list[Path]:
@@ -116,16 +124,17 @@ def test_ids_are_readable_and_never_meet(records: ModuleType) -> None:
     assert replace(where, attempt=2).id == where.id
 
 
+@pytest.mark.parametrize("ahead", [0.0, 0.002])
 @pytest.mark.parametrize("seed", range(4))
 def test_a_follower_sees_what_a_fresh_look_sees(
-    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int
+    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch, seed: int, ahead: float
 ) -> None:
-    """Whatever is written, written again, given up, stored or tidied away between its looks."""
+    """Whatever is written, soon or at once, written again, given up, stored or tidied away between its looks."""
     monkeypatch.setattr(journal, "_SLACK", 3000)
     rng = np.random.default_rng(seed)
     made = {n: records.episode(records.key(1, "t", n), turns=4) for n in range(12)}
     at = dict.fromkeys(made, (0, 0))  # attempt, next turn
-    with StoreWriter(tmp_path) as store, StoreReader(tmp_path) as reader:
+    with StoreWriter(tmp_path, ahead=ahead) as store, StoreReader(tmp_path) as reader:
         following = Flights(tmp_path / "seg", reader.attempt)
         for _ in range(150):
             n = int(rng.integers(len(made)))
@@ -143,13 +152,69 @@ def test_a_follower_sees_what_a_fresh_look_sees(
                 store.turn(where, turn, made[n].turns[turn])
                 at[n] = (attempt, turn + 1)
             if rng.random() < 0.4:
+                store.flush()
                 seen = following.look()
                 wanted = reader.inflight()
+                assert {key: len(turns) for key, turns in wanted.items()} == now(at)
                 assert list(seen) == list(wanted)
                 for key, turns in wanted.items():
                     assert [(t.text, t.seconds, t.tools) for t in seen[key]] == [
                         (t.text, t.seconds, t.tools) for t in turns
                     ]
+
+
+def test_turns_of_an_episode_that_is_stored_soon_are_never_written(tmp_path: Path, records: ModuleType) -> None:
+    keys = [records.key(1, "t", sample) for sample in range(4)]
+    made = [records.episode(where, turns=3) for where in keys]
+    with StoreWriter(tmp_path, ahead=3600) as store, StoreReader(tmp_path) as reader:
+        for index in range(3):
+            for where, trajectory in zip(keys, made, strict=True):
+                store.turn(where, index, trajectory.turns[index])
+        store.add(made[:2], step=1, stage="rl")
+        store.forget(keys[2])
+        (file,) = files(tmp_path)
+        assert {key.sample for key in _keys(file)} == {2}  # only that it was given up
+        assert not reader.inflight()
+        store.flush()
+        assert {key.sample for key in _keys(file)} == {2, 3}
+        assert records.unlike({keys[3]: list(made[3].turns)}, reader.inflight()) is None
+
+
+def test_turns_of_an_episode_that_goes_on_are_written_when_they_are_due(tmp_path: Path, records: ModuleType) -> None:
+    where = records.key(1, "t")
+    made = records.episode(where, turns=4)
+    with StoreWriter(tmp_path, ahead=0.02) as store, StoreReader(tmp_path) as reader:
+        for number in range(1, 4):  # nothing else is called: they are written nevertheless
+            store.turn(where, number - 1, made.turns[number - 1])
+            while len(reader.inflight().get(where, ())) < number:
+                time.sleep(0.005)
+            assert records.unlike({where: list(made.turns[:number])}, reader.inflight()) is None
+        store.turn(where, 3, made.turns[3])
+    with StoreReader(tmp_path) as reader:  # closing waits for nobody and loses nothing
+        assert records.unlike({where: list(made.turns)}, reader.inflight()) is None
+
+
+def test_a_failure_to_write_ahead_is_raised_by_the_next_call(
+    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = records.episode(records.key(1, "t"), turns=2)
+    store = StoreWriter(tmp_path, ahead=0.01)
+
+    def full(*_: object) -> None:
+        raise RunFailed("no space left")
+
+    monkeypatch.setattr(store._journal, "append", full)
+    with pytest.raises(RunFailed, match="no space left"):
+        while True:
+            store.turn(records.key(1, "t"), 0, made.turns[0])
+            time.sleep(0.005)
+    with pytest.raises(RunFailed, match="no space left"):
+        store.add([made], step=1, stage="rl")
+    store.close()
+
+
+def _keys(path: Path) -> list[EpisodeKey]:
+    return [journal._key(frame.meta) for frame in frames_of(path.read_bytes())]
 
 
 def test_a_flight_brings_the_text_of_tokens_that_were_never_stored(tmp_path: Path, records: ModuleType) -> None:

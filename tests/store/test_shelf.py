@@ -12,11 +12,15 @@ import pytest
 
 from agentrl.errors import RunFailed
 from agentrl.store import StoreReader, StoreWriter, rebuild
+from agentrl.store import shelf as shelf_module
 from agentrl.store.shelf import Shelf
 from agentrl.trajectory import Group, Member
 
 
-def test_what_came_while_the_disk_was_busy_is_stored_at_once(tmp_path: Path, records: ModuleType) -> None:
+def test_what_came_while_the_disk_was_busy_is_stored_at_once(
+    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf_module, "PAUSE", 0)
     made = [records.episode(records.key(step, "t", sample)) for step in (3, 4) for sample in range(4)]
     calls: list[int] = []
     first = threading.Event()
@@ -45,6 +49,33 @@ def test_what_came_while_the_disk_was_busy_is_stored_at_once(tmp_path: Path, rec
     assert calls == [1, 3, 4]
     with StoreReader(tmp_path) as reader:
         assert [len(reader.finished(step, "rl")) for step in (3, 4)] == [4, 4]
+
+
+def test_episodes_wait_for_each_other_but_nobody_who_settles_for_them(
+    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf_module, "PAUSE", 3600)
+    made = [records.episode(records.key(3, "t", sample)) for sample in range(6)]
+
+    async def main() -> None:
+        with StoreWriter(tmp_path) as store, StoreReader(tmp_path) as reader:
+            shelf = Shelf(store, stage="rl")
+            for trajectory in made[:3]:
+                shelf.put(3, trajectory)
+            for _ in range(10):
+                await asyncio.sleep(0.01)
+            assert not reader.ids()
+            await shelf.settle()
+            assert len(reader.ids()) == 3
+            for trajectory in made[3:]:
+                shelf.put(3, trajectory)
+            for _ in range(10):
+                await asyncio.sleep(0.01)
+            assert len(reader.ids()) == 3  # those that come after wait again
+            await shelf.close()
+            assert len(reader.ids()) == 6
+
+    asyncio.run(main())
 
 
 def test_a_full_disk_is_told_to_whoever_settles(tmp_path: Path, records: ModuleType) -> None:

@@ -1,9 +1,10 @@
 """A process that writes to a store until somebody kills it, telling on stdout what was acknowledged.
 
-    python writing_child.py FOLDER FIRST [--writer NAME] [--slow | --limit BYTES]
+    python writing_child.py FOLDER FIRST [--writer NAME] [--ahead] [--slow | --limit BYTES]
     python writing_child.py FOLDER --collect
 
 `--slow` hands every write to the system in crumbs, so that a kill tears frames; `--limit` is a disk of that size.
+With `--ahead` turns wait before they are written, and are told of once they were flushed.
 A writer with a NAME leaves the index to a collector, which the second form is.
 """
 
@@ -53,13 +54,18 @@ def main() -> None:
     if "--limit" in sys.argv:
         size = int(sys.argv[-1])
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    ahead = 0.002 if "--ahead" in sys.argv else 0.0
     try:
-        with StoreWriter(folder, writer=name, indexed=name == "main", pieces=pieces, segment_bytes=100_000) as store:
+        with StoreWriter(
+            folder, writer=name, indexed=name == "main", pieces=pieces, segment_bytes=100_000, ahead=ahead
+        ) as store:
             for number in range(first, first + 100_000):
                 keys = [records.key(number, "t", sample) for sample in range(3)]
                 for where in keys:
                     made = records.episode(where)
                     store.turn(where, 0, made.turns[0])
+                    if ahead:
+                        store.flush()
                     tell(f"turn {number} {where.sample}")
                 store.add([records.episode(where) for where in keys[:2]], step=number, stage="rl")
                 tell(f"added {number}")

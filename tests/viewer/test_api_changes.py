@@ -222,7 +222,7 @@ def test_runs_beyond_the_most_are_counted(tmp_path: Path, runs: Path, monkeypatc
 def test_members_beyond_the_most_are_counted(
     client: TestClient, keys: dict[str, str], runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import agentrl.viewer.app as app
+    from agentrl.viewer import views
 
     entry = ok(client, "/api/trajectories", run=keys["arpo"], stage="rl", limit=1)["entries"][0]
     group = {"run": keys["arpo"], "group": entry["group_id"]}
@@ -230,7 +230,7 @@ def test_members_beyond_the_most_are_counted(
     assert len(whole["members"]) == 6 and whole["left_out"] == 0 and ok(client, "/api/tree", **group)["left_out"] == 0
     ids = ok(client, "/api/trajectory", run=keys["arpo"], id=entry["id"])["siblings"]
     monkeypatch.setattr(pages, "_MEMBERS", 4)
-    monkeypatch.setattr(app, "_SIBLINGS", 2)
+    monkeypatch.setattr(views, "_SIBLINGS", 2)
     found = ok(client, "/api/group", **group)
     assert len(found["members"]) == 4 and found["left_out"] == 2
     tree = ok(client, "/api/tree", **group)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from agentrl.viewer.app import replay_command
 from agentrl.viewer.jobs import AT_ONCE, Jobs, table_of
 from agentrl.viewer.params import BadRequest
+from agentrl.viewer.replays import replay_command
 from agentrl.viewer.runs import Runs
 
 ALIKE = {"event": "replayed", "turns": 2, "difference": None}
