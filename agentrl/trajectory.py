@@ -288,7 +288,7 @@ class Turn:
 
     @property
     def n_sampled(self) -> int:
-        return sum(len(span) for span in self.sampled)
+        return sum([span.ids.size for span in self.output if span.origin == "sampled"])
 
     @property
     def logprobs(self) -> Floats:

@@ -153,7 +153,8 @@ def check(
             temporary one of this machine.
         as_json: one JSON object a check.
     """
-    from agentrl.engines.conformance import Exam, Finding, examine
+    from agentrl.engines.conformance import Finding, examine
+    from agentrl.engines.exam import Exam
     from agentrl.train.policy import Policy
 
     console = Console(highlight=False)

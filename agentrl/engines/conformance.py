@@ -9,124 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
 
-from agentrl.content import Image
-from agentrl.engines import Engine, Generation, Request
+from agentrl.engines.exam import FAR, PLAIN, Exam, must
+from agentrl.engines.sight import images
 from agentrl.errors import AgentRLError, UsageError
-from agentrl.pictures import Pictures, painted
-from agentrl.trajectory import Floats, Ids, Sampling, as_ids
+from agentrl.trajectory import as_ids
 
-PLAIN = Sampling(max_tokens=24)
-ROUGH = 100.0  # times the tolerance: the two ways that servers have to resize a picture differ by a few 1e-4 nats
-_BLIND = Image(b"an engine of text does not look at it")
 MOST_AT_ONCE = 512  # requests with which an engine is filled
-FAR = 0.05  # nats by which two versions of the weights must differ for a mix-up to show
-
-
-@dataclass(slots=True)
-class Exam:
-    """An engine that serves `model`'s weights as version 0, and what it is compared with.
-
-    `tolerance`: largest difference of two log-probs, in nats: 1e-5 for fp32. `first`: the model's own weights;
-    `others`: a second set, far enough from them to tell the two apart. `folders`: the same two as folders, for an
-    engine that is not sent tensors but adapters. `pictures`: for a model that sees.
-    """
-
-    engine: Engine
-    model: PreTrainedModel
-    vocab: int
-    tolerance: float = 1e-5
-    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    first: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    folders: tuple[str, str] | None = None
-    pictures: Pictures | None = None
-    rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-
-    @classmethod
-    def of(
-        cls,
-        engine: Engine,
-        model: PreTrainedModel,
-        vocab: int,
-        tolerance: float = 1e-5,
-        pictures: Pictures | None = None,
-    ) -> Exam:
-        """The exam with perturbed weights as the second set."""
-        noise = torch.Generator().manual_seed(0)
-        first = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-        others = {
-            name: tensor + 0.05 * tensor.float().std().nan_to_num(0.0) * torch.randn(tensor.shape, generator=noise)
-            for name, tensor in first.items()
-        }
-        others = {name: tensor.to(first[name].dtype) for name, tensor in others.items()}
-        return cls(engine, model, vocab, tolerance, others, first, pictures=pictures)
-
-    @property
-    def model_ends(self) -> set[int]:
-        """The end ids that the model's own configuration names."""
-        named = getattr(self.model.generation_config, "eos_token_id", None)
-        return set(named) if isinstance(named, list) else {int(named)} if named is not None else set()
-
-    def prompt(self, n: int) -> Ids:
-        """`n` random ids."""
-        return as_ids(self.rng.integers(0, self.vocab, n))
-
-    def reference(
-        self,
-        ids: Ids,
-        start: int,
-        temperature: float = 1.0,
-        *,
-        second: bool = False,
-        images: Sequence[Image] = (),
-        places: Sequence[tuple[int, int]] = (),
-    ) -> Floats:
-        """Log-probs of ids[start:] by a plain forward pass of the first or second weights, with the pictures that stand
-        at `places`."""
-        weights = dict(self.others) if second else {}
-        shown = self.pictures.inputs(images, places, len(ids) - 1) if self.pictures is not None else {}
-        with torch.no_grad():
-            batch = torch.tensor(ids[None].astype(np.int64))
-            call = {"use_cache": False} | shown
-            logits = torch.func.functional_call(self.model, weights, (batch[:, :-1],), call).logits[0]
-            logps = torch.log_softmax(logits.float() / temperature, -1)
-            found: Floats = logps[torch.arange(start - 1, len(ids) - 1), batch[0, start:]].numpy()
-            return found
-
-    async def sample(
-        self, ids: Ids, sampling: Sampling = PLAIN, session: str = "", group: str = "", priority: int = 0
-    ) -> Generation:
-        name = session or f"exam-{self.rng.integers(1 << 40):x}"
-        try:
-            return await self.engine.generate(Request(ids, sampling, name, group, priority=priority))
-        finally:
-            if not session:
-                await self.engine.release(name)
-
-    async def update(self, version: int) -> None:
-        """Give the engine the first weights as version 0, or the second as version 1."""
-        if self.folders is None:
-            await self.engine.update_weights((self.first, self.others)[version], version)
-        else:
-            await self.engine.update_weights(self.folders[version], version)
-
-    def compare(self, ids: Ids, reply: Generation, temperature: float = 1.0, *, second: bool = False) -> float:
-        """How far a reply's log-probs are from the forward pass. Raises `AssertionError` where that is too far."""
-        whole = as_ids(np.concatenate([ids, reply.ids]))
-        gap = np.abs(reply.logprobs - self.reference(whole, ids.size, temperature, second=second))
-        worst = float(gap.max(initial=0.0))
-        must(
-            worst <= self.tolerance,
-            f"log-probs differ from a forward pass by {worst:.2g}, more than {self.tolerance:g}",
-        )
-        return worst
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,12 +48,6 @@ async def examine(exam: Exam, report: Callable[[Finding], None] = lambda _: None
         findings.append(Finding(name, passed, said, time.perf_counter() - begun))
         report(findings[-1])
     return findings
-
-
-def must(holds: bool, sentence: str) -> None:
-    """Raises `AssertionError` unless it holds; unlike an assert statement also under `python -O`."""
-    if not holds:
-        raise AssertionError(sentence)
 
 
 # -- numbers ---------------------------------------------------------------------------------------------------------
@@ -217,104 +106,6 @@ async def score(exam: Exam) -> str:
         worst = max(worst, float(gap.max(initial=0.0)))
     must(worst <= exam.tolerance, f"scores differ from a forward pass by {worst:.2g}")
     return f"largest difference {worst:.1e}"
-
-
-async def images(exam: Exam) -> str:
-    """A picture in the context is read as a forward pass reads it, is told from another one, and is cached with what
-    stands around it; an engine of text refuses it."""
-    if not exam.engine.capabilities.images or exam.pictures is None:
-        try:
-            await exam.engine.generate(Request(exam.prompt(4), PLAIN, "exam-picture", "", None, (_BLIND,), ((1, 2),)))
-        except UsageError:
-            return "refused: it serves a model of text"
-        raise AssertionError("the engine says that its model takes no pictures, and answers for one")
-    eyes, worst, cached, could = exam.pictures, 0.0, 0, 0
-    factor, n = eyes.factor, 2
-    while eyes.tokens(painted(exam.rng, n * factor, n * factor)) != n * n:
-        n += 1  # smaller ones are enlarged
-    first, other, next_one = (painted(exam.rng, n * factor, m * factor) for m in (n, n, n + 1))
-    block = exam.engine.capabilities.cache_block
-    start = _Shown.of(exam, (), 40).with_picture(exam, first)
-    replies = []
-    for shown in (start, start.seeing(other)):  # the same ids: what is cached of one picture is not the other's
-        reply = await exam.engine.generate(shown.request("exam-picture"))
-        worst = max(worst, shown.gap(exam, reply))
-        replies.append(reply)
-    apart = start.seeing(other).gap(exam, replies[0])
-    must(apart > FAR, f"log-probs with another picture differ by {apart:.2g} nats only: is it looked at?")
-    shown = start.heard(replies[0])
-    for picture in (next_one, other):
-        could += (len(shown.ids) - 1) // block * block
-        shown = shown.with_picture(exam, picture)
-        reply = await exam.engine.generate(shown.request("exam-picture"))
-        worst, cached = max(worst, shown.gap(exam, reply)), cached + reply.cached_tokens
-        shown = shown.heard(reply)
-    must(worst <= exam.tolerance, f"log-probs behind a picture differ from a forward pass by {worst:.2g}")
-    try:
-        await exam.update(1)  # also what a server keeps of a picture itself is of older weights now
-        reply = await exam.engine.generate(start.request("exam-picture"))
-        worst = max(worst, start.gap(exam, reply, second=True))
-    finally:
-        await exam.update(0)
-    must(worst <= exam.tolerance, f"after new weights, log-probs behind a picture differ by {worst:.2g}")
-    share = min(cached / could, 1.0)
-    must(share >= 0.95, f"only {share:.1%} of the tokens with pictures that could be reused over 3 turns were")
-    odd = _Shown.of(exam, (), 8).with_picture(exam, painted(exam.rng, n * factor + 5, (n + 1) * factor - 7))
-    rough = odd.gap(exam, await exam.engine.generate(odd.request("exam-odd")))
-    must(rough <= ROUGH * exam.tolerance, f"log-probs behind a picture that is resized differ by {rough:.2g}")
-    for name in ("exam-picture", "exam-odd"):
-        await exam.engine.release(name)
-    return (
-        f"largest difference {worst:.1e}, {rough:.1e} where a picture is resized; {apart:.2g} nats from another "
-        f"picture; {share:.1%} used again over 3 turns"
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Shown:
-    """A context with pictures."""
-
-    ids: tuple[int, ...]
-    images: tuple[Image, ...]
-    places: tuple[tuple[int, int], ...]
-    eyes: Pictures
-
-    @classmethod
-    def of(cls, exam: Exam, images: tuple[Image, ...], n: int) -> _Shown:
-        assert exam.pictures is not None
-        return cls(_words(exam, exam.pictures, n), images, (), exam.pictures)
-
-    def with_picture(self, exam: Exam, image: Image) -> _Shown:
-        """A picture, and a few words behind it."""
-        before, behind = self.eyes.around
-        start = len(self.ids) + 1
-        stop = start + self.eyes.tokens(image)
-        ids = (*self.ids, before, *[self.eyes.pad_id] * (stop - start), behind, *_words(exam, self.eyes, 7))
-        return _Shown(ids, (*self.images, image), (*self.places, (start, stop)), self.eyes)
-
-    def seeing(self, image: Image) -> _Shown:
-        """The same ids with another picture of the same size in place of the last."""
-        return replace(self, images=(*self.images[:-1], image))
-
-    def heard(self, reply: Generation) -> _Shown:
-        said = [int(i) for i in reply.ids if int(i) not in self.eyes.reserved_ids]
-        return replace(self, ids=(*self.ids, *said))
-
-    def request(self, session: str) -> Request:
-        sampling = replace(PLAIN, stop_ids=self.eyes.reserved_ids, max_tokens=12)
-        return Request(as_ids(self.ids), sampling, session, "", None, self.images, self.places)
-
-    def gap(self, exam: Exam, reply: Generation, *, second: bool = False) -> float:
-        """How far a reply's log-probs are from a forward pass with these pictures."""
-        whole = as_ids([*self.ids, *reply.ids.tolist()])
-        found = exam.reference(whole, len(self.ids), second=second, images=self.images, places=self.places)
-        return float(np.abs(reply.logprobs - found).max(initial=0.0))
-
-
-def _words(exam: Exam, eyes: Pictures, n: int) -> tuple[int, ...]:
-    """`n` random ids, none of which has to do with pictures."""
-    ids = exam.prompt(4 * n).tolist()
-    return tuple([i for i in ids if i not in (*eyes.reserved_ids, *eyes.around)][:n])
 
 
 # -- ends ------------------------------------------------------------------------------------------------------------

@@ -9,15 +9,17 @@ from agentrl.store.canonical import canonical, canonical_trajectory, differences
 from agentrl.store.codec import TokensNotKept
 from agentrl.store.collector import Collector
 from agentrl.store.credit import Credit
+from agentrl.store.entries import Cursor, Entry, Page, Sibling
 from agentrl.store.export import as_json, export_jsonl
 from agentrl.store.frames import DamagedFrame
 from agentrl.store.journal import Flight
 from agentrl.store.key import EpisodeKey
 from agentrl.store.query import SORTS, Filter, Sort
-from agentrl.store.reader import Cursor, Entry, Page, Sibling, StoreReader, Tokens
+from agentrl.store.reader import StoreReader
 from agentrl.store.rebuild import rebuild
 from agentrl.store.run import RunFolder, RunInfo
 from agentrl.store.runs import Run, runs
+from agentrl.store.tokens import Tokens
 from agentrl.store.writer import StoreWriter
 
 __all__ = [

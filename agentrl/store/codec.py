@@ -84,18 +84,20 @@ class SpanTable:
 
     def number(self, span: Span) -> int:
         """The span's number in this record; a span not seen before gets the next."""
-        known = self._numbers.get(id(span))
+        name = id(span)
+        known = self._numbers.get(name)
         if known is not None:
             return known[0]
         number = len(self._numbers)
-        self._numbers[id(span)] = (number, span)
-        place = self._stored.get(id(span))
+        self._numbers[name] = (number, span)
+        place = self._stored.get(name)
         if place is not None:
             self.rows.append((place.owner, place.attempt, place.number))
             return number
-        versions = [value for run in span.versions for value in (run.version, run.start, run.stop)]
-        self.rows.append((len(span), span.role, span.origin, span.actor, span.entropy, versions, span.images))
-        self.ids.append(raw(span.ids))
+        ids, versions = span.ids, span.versions
+        runs = [value for run in versions for value in (run.version, run.start, run.stop)] if versions else ()
+        self.rows.append((ids.size, span.role, span.origin, span.actor, span.entropy, runs, span.images))
+        self.ids.append(raw(ids))
         if span.logprobs is not None:
             self.logprobs.append(raw(span.logprobs))
             if span.entropies is not None:

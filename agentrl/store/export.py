@@ -13,9 +13,10 @@ from agentrl.content import Image
 from agentrl.errors import UsageError
 from agentrl.store import html
 from agentrl.store.codec import TokensNotKept
+from agentrl.store.entries import Entry
 from agentrl.store.frames import DamagedFrame
 from agentrl.store.query import Filter
-from agentrl.store.reader import Entry, StoreReader
+from agentrl.store.reader import StoreReader
 from agentrl.store.whole import whole
 from agentrl.trajectory import Trajectory, ids_of
 

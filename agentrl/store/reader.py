@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import re
 import sqlite3
-import stat
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from agentrl.content import Image
 from agentrl.errors import UsageError
-from agentrl.store import index
+from agentrl.store import index, media
 from agentrl.store.codec import TokensNotKept, spans_of, trajectory_in
 from agentrl.store.credit import Credit, credit_in
-from agentrl.store.frames import DamagedFrame, Frame, parse, unpack
+from agentrl.store.entries import COLUMNS, Cursor, Entry, Page, Sibling, entry_of
+from agentrl.store.files import Files
+from agentrl.store.frames import DamagedFrame, unpack
 from agentrl.store.journal import Flight, read_flight, read_journals
 from agentrl.store.key import EpisodeKey
 from agentrl.store.kinds import Fetch
@@ -28,70 +24,7 @@ from agentrl.store.query import Filter, Sort, plain, select
 from agentrl.store.tokens import Tokens, tokens_of
 from agentrl.trajectory import Span, Trajectory, Turn
 
-
-class Cursor(NamedTuple):
-    """Where a page ended: the sort value and the row id of its last entry."""
-
-    value: float | None
-    rowid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A trajectory's line in a list. `n_tokens` counts sampled tokens; costs and `seconds` are sums over turns."""
-
-    rowid: int
-    id: str
-    attempt: int
-    stage: str
-    step: int
-    split: str
-    group_id: str
-    task_id: str
-    env: str
-    source: str
-    parent: str | None
-    outcome: str
-    why: str | None
-    reward: float | None
-    success: bool | None
-    n_turns: int
-    n_calls: int
-    n_tokens: int
-    n_errors: int
-    tool_cost: float
-    turn_cost: float
-    seconds: float
-    latest: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Entries in order. `next` is the cursor of the next page, None at the end; `last` is that of the
-    last entry, with which a list of a run that still writes goes on later.
-    """
-
-    entries: tuple[Entry, ...]
-    next: Cursor | None
-    last: Cursor | None
-
-
-@dataclass(frozen=True, slots=True)
-class Sibling:
-    """A member of a group. `credit` is what it was worth, None where it gave none (dropped, failed, not trained)."""
-
-    entry: Entry
-    trajectory: Trajectory
-    credit: Credit | None
-
-
-_COLUMNS = ", ".join(f"t.{name}" for name in Entry.__dataclass_fields__)
 _ALL = Filter()
-_MIMES = {
-    ".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".bin": "application/octet-stream",
-}  # fmt: skip
-_FLAGS = [list(Entry.__dataclass_fields__).index(name) for name in ("success", "latest")]
-_OPEN = 64  # segments that stay open
 _PLACES = "segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length"
 
 
@@ -104,10 +37,8 @@ class StoreReader:
 
     def __init__(self, run_dir: Path) -> None:
         self._run_dir, self._folder = run_dir, run_dir / "seg"
-        self._lock = threading.Lock()
-        self._files: dict[str, _File] = {}
+        self._files = Files(self._folder)
         self._format: int | None = None
-        self._closed = False
         self._pool = Pool(run_dir, self._forget)
 
     def trajectories(
@@ -151,8 +82,8 @@ class StoreReader:
             raise UsageError(f"this store has no search yet; run: agentrl index {self._run_dir} --rebuild")
         way = select if self._has_kinds() else plain
         with self._looking() as fetch:
-            rows = way(_COLUMNS, asked, sort, descending, after, limit + 1, fetch)
-        entries = tuple(_entry(row) for row in rows[:limit])
+            rows = way(COLUMNS, asked, sort, descending, after, limit + 1, fetch)
+        entries = tuple(entry_of(row) for row in rows[:limit])
         by = "rowid" if sort == "added" else sort
         last = Cursor(getattr(entries[-1], by), entries[-1].rowid) if entries else after
         return Page(entries, last if len(rows) > limit else None, last)
@@ -170,10 +101,10 @@ class StoreReader:
     def entry(self, id: str, attempt: int | None = None) -> Entry:
         """One line of the list. Raises `KeyError` where there is none."""
         clause, values = _which(id, attempt)
-        rows = self._rows(f"SELECT {_COLUMNS} FROM trajectories AS t WHERE {clause}", *values)
+        rows = self._rows(f"SELECT {COLUMNS} FROM trajectories AS t WHERE {clause}", *values)
         if not rows:
             raise KeyError(_absent(id, attempt))
-        return _entry(rows[0])
+        return entry_of(rows[0])
 
     def get(self, id: str, attempt: int | None = None, *, tokens: bool = True) -> Trajectory:
         """A whole trajectory, equal to what was written; without `tokens`, contexts and outputs stay empty.
@@ -185,8 +116,8 @@ class StoreReader:
         if not rows:
             raise KeyError(_absent(id, attempt))
         segment, offset, length, tokens_segment, tokens_offset, tokens_length, read_offset, read_length = rows[0]
-        head = self._frame(segment, offset, length).body
-        read = self._frame(segment, read_offset, read_length).body
+        head = self._files.frame(segment, offset, length).body
+        read = self._files.frame(segment, read_offset, read_length).body
         if not tokens:
             return trajectory_in(head, read, None)
         spans = self._spans(tokens_segment or segment, tokens_offset, tokens_length, {})
@@ -253,7 +184,7 @@ class StoreReader:
         found = []
         for row in rows:
             try:
-                frame = self._frame(*row)
+                frame = self._files.frame(*row)
             except DamagedFrame as error:
                 if damaged is None:
                     raise
@@ -394,28 +325,14 @@ class StoreReader:
 
     def picture(self, sha256: str) -> Image:
         """A stored picture. Raises `KeyError` where there is none, `DamagedFrame` where its bytes are other ones."""
-        path, data = self._picture(sha256)
-        return Image(data, _MIMES[path.suffix])
+        return media.find(self._run_dir / media.FOLDER, sha256)[1]
 
     def image(self, sha256: str) -> Path:
         """The file of a stored picture. Raises `KeyError` where there is none that has this hash."""
         try:
-            return self._picture(sha256)[0]
+            return media.find(self._run_dir / media.FOLDER, sha256)[0]
         except DamagedFrame as error:
             raise KeyError(str(error)) from error
-
-    def _picture(self, sha256: str) -> tuple[Path, bytes]:
-        """A picture's file and its bytes. A link is none: the store writes files, and a link may lead anywhere."""
-        media = self._run_dir / "media"
-        if re.fullmatch("[0-9a-f]{64}", sha256):
-            for path in (media / f"{sha256}{suffix}" for suffix in _MIMES):
-                data = _bytes_of(path)
-                if data is None:
-                    continue
-                if hashlib.sha256(data).hexdigest() != sha256:
-                    raise DamagedFrame(f"{path} is not the picture that was stored; restore it from a copy")
-                return path, data
-        raise KeyError(f"no picture {sha256!r} in {media}")
 
     @property
     def problems(self) -> tuple[str, ...]:
@@ -425,9 +342,7 @@ class StoreReader:
     def close(self) -> None:
         """Let go of connections and files; what another thread reads at this moment comes to its end. Idempotent."""
         self._pool.close()
-        with self._lock:
-            self._closed = True
-        self._forget()
+        self._files.close()
 
     def __enter__(self) -> StoreReader:
         return self
@@ -439,9 +354,8 @@ class StoreReader:
 
     def _forget(self) -> None:
         """Nothing that was read stands any more."""
-        with self._lock:
-            self._files.clear()
-            self._format = None
+        self._files.forget()
+        self._format = None
 
     @contextmanager
     def _looking(self) -> Iterator[Fetch]:
@@ -465,25 +379,6 @@ class StoreReader:
         except sqlite3.DatabaseError as error:
             raise index.index_failed(self._run_dir / index.NAME, error) from error
 
-    def _frame(self, segment: str, offset: int, length: int) -> Frame:
-        with self._lock:
-            file = self._files.pop(segment, None)
-            if file is None:
-                try:
-                    file = _File(self._folder / segment)
-                except FileNotFoundError:
-                    if not segment.endswith(".bin"):  # token arrays that `last_k` dropped
-                        raise
-                    raise DamagedFrame(f"{self._folder / segment} is missing; restore it from a copy") from None
-            if not self._closed:
-                self._files[segment] = file  # the last one used stands last
-                if len(self._files) > _OPEN:
-                    del self._files[next(iter(self._files))]
-        frame = parse(os.pread(file.fd, length, offset))
-        if frame is None:
-            raise DamagedFrame(f"{self._folder / segment} is damaged at byte {offset}; restore it from a copy")
-        return frame
-
     def _any(self, entry: Entry, tokens: bool) -> Trajectory:
         """A trajectory with what is there of its tokens."""
         try:
@@ -498,7 +393,7 @@ class StoreReader:
         if offset < 0:
             return []
         try:
-            frame = self._frame(segment, offset, length)
+            frame = self._files.frame(segment, offset, length)
         except FileNotFoundError:
             return []
         sizes = frame.meta[2]
@@ -515,35 +410,6 @@ class StoreReader:
         return spans_of(table, frame.body, sizes, resolve)
 
 
-class _File:
-    """A segment opened for reading; it is closed when the last thread that reads it lets go of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-
-def _entry(row: Sequence[Any]) -> Entry:
-    values = list(row)
-    for at in _FLAGS:
-        values[at] = None if values[at] is None else bool(values[at])
-    return Entry(*values)
-
-
-def _bytes_of(path: Path) -> bytes | None:
-    """What a plain file holds, None where there is none; links are not followed, pipes are not waited for."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return None
-    with os.fdopen(fd, "rb") as file:
-        return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else None
-
-
 def _which(id: str, attempt: int | None) -> tuple[str, tuple[object, ...]]:
     return ("id = ? AND latest", (id,)) if attempt is None else ("id = ? AND attempt = ?", (id, attempt))
 
@@ -552,6 +418,3 @@ def _absent(id: str, attempt: int | None) -> str:
     return (
         f"no trajectory {id!r} is stored" if attempt is None else f"no attempt {attempt} of trajectory {id!r} is stored"
     )
-
-
-__all__ = ["Cursor", "Entry", "Filter", "Page", "Sibling", "Sort", "StoreReader", "Tokens", "TokensNotKept"]

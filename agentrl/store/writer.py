@@ -8,7 +8,6 @@ Every method may be called from any thread.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 
 from agentrl.content import Image
 from agentrl.errors import RunFailed
-from agentrl.store import index
+from agentrl.store import index, media
 from agentrl.store.codec import SpanTable, Stored, trajectory_out
 from agentrl.store.credit import credit_out
 from agentrl.store.frames import Encoder, Kind, scan
@@ -28,12 +27,12 @@ from agentrl.store.journal import Journal
 from agentrl.store.key import EpisodeKey
 from agentrl.store.pending import Pending, Waiting
 from agentrl.store.rebuild import catch_up
-from agentrl.store.segments import Segment, check_writer, disk_failed, number_of, series, sync_path, write_all
+from agentrl.store.segments import Segment, check_writer, number_of, series, sync_path
 from agentrl.store.text import text_of
 from agentrl.trajectory import Group, Ids, Span, Trajectory, Turn, as_ids
 
 Keep = Literal["all", "every_n", "last_k"]
-_EXTENSIONS = {"image/png": ".png", "image/jpeg": ".jpg", "image/webp": ".webp"}
+_TOGETHER = 4  # trajectories that are made plain before they are packed: few enough to stay in a core's caches
 _MOMENTS = 1024  # (stage, step) pairs that are remembered; so many steps never overlap
 Pieces = Callable[[Ids], list[str]]
 _Plain = tuple[SpanTable | None, list[Any], list[Any]]
@@ -68,7 +67,7 @@ class StoreWriter:
             raise ValueError(f"n must be at least 1, not {n}")
         if ahead < 0:
             raise ValueError(f"ahead must be at least 0 seconds, not {ahead}")
-        self._media, self._folder = run_dir / "media", run_dir / "seg"
+        self._media, self._folder = run_dir / media.FOLDER, run_dir / "seg"
         self._writer, self._full = check_writer(writer), segment_bytes
         self._keep, self._n = tokens, n
         self._pieces_of, self._seen = pieces, np.zeros(0, dtype=bool)
@@ -177,10 +176,12 @@ class StoreWriter:
             self._roll()
             batch = _Batch(self._segment.end, self._token_segment.end if self._token_segment else -1)
             try:
-                plain = [self._number(batch, trajectory, step) for trajectory in trajectories]
-                self._encode_pieces(batch)  # first, so that whoever reads on knows the words of what follows
-                for trajectory, parts in zip(trajectories, plain, strict=True):
-                    self._encode(batch, trajectory, parts, step, stage, split)
+                for start in range(0, len(trajectories), _TOGETHER):
+                    some = trajectories[start : start + _TOGETHER]
+                    plain = [self._number(batch, trajectory, step) for trajectory in some]
+                    self._encode_pieces(batch)  # first, so that whoever reads on knows the words of what follows
+                    for trajectory, parts in zip(some, plain, strict=True):
+                        self._encode(batch, trajectory, parts, step, stage, split)
                 self._commit(batch)
             except (TypeError, ValueError):
                 self._stored.clear()  # what was to be shared is not there
@@ -206,28 +207,14 @@ class StoreWriter:
 
     def image(self, image: Image) -> None:
         """Keep a picture as media/<sha256>.<ext>; a picture that is there already costs nothing."""
-        path = self._media / f"{image.sha256}{_EXTENSIONS.get(image.mime, '.bin')}"
         with self._lock, self._guard():
-            if path.exists() and path.stat().st_size == len(image.data):  # else a crash of the machine cut it short
-                return
-            part = path.with_suffix(f".{self._writer}.part")
-            fd = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
-            try:
-                write_all(fd, image.data)
-            except OSError as error:
-                raise disk_failed(path, error) from error
-            finally:
-                os.close(fd)
-            part.replace(path)
-            self._unsynced.append(path)
+            path = media.keep(self._media, image, self._writer)
+            if path is not None:
+                self._unsynced.append(path)
 
     def picture(self, sha256: str) -> Image:
-        """A picture that was kept. Raises `KeyError` where none was."""
-        for mime, extension in (*_EXTENSIONS.items(), ("application/octet-stream", ".bin")):
-            path = self._media / f"{sha256}{extension}"
-            if path.is_file():
-                return Image(path.read_bytes(), mime)
-        raise KeyError(f"no picture {sha256!r} in {self._media}")
+        """A picture that was kept. Raises `KeyError` where none was, `DamagedFrame` where its bytes are other ones."""
+        return media.find(self._media, sha256)[1]
 
     def rewind(self, stage: str, step: int) -> None:
         """The run goes on at `step` of `stage`: what it had credited there and later is credited anew."""
@@ -390,9 +377,14 @@ class StoreWriter:
         """Add the text of ids that the run has not seen before."""
         if self._pieces_of is None or not batch.ids:
             return
-        batch.pieces = self._unknown(np.frombuffer(b"".join(batch.ids), "<i4"))
-        if batch.pieces:
-            batch.put(self._encoder.frame(Kind.PIECES, (), self._encoder.pack(list(zip(*batch.pieces, strict=True)))))
+        unknown = self._unknown(np.frombuffer(b"".join(batch.ids), "<i4"))
+        batch.ids.clear()
+        if unknown:
+            here = {token for token, _ in batch.pieces}
+            unknown = [(token, piece) for token, piece in unknown if token not in here]
+        if unknown:
+            batch.put(self._encoder.frame(Kind.PIECES, (), self._encoder.pack(list(zip(*unknown, strict=True)))))
+            batch.pieces += unknown
 
     def _unknown(self, ids: Ids) -> list[tuple[int, str]]:
         """The text of those ids that are not stored yet."""

@@ -129,7 +129,7 @@ def write_live(folder: Path) -> None:
     it is told to end (SIGTERM)."""
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    bench_store.WORDS[:] = varied(np.random.default_rng(9))[:2000]
+    bench_store.words = varied(np.random.default_rng(9))[:2000]
     rng = np.random.default_rng(2)
     key = EpisodeKey("rl", 0, "train", "t", 0)
     pool = [episode(rng, key, 3, 60) for _ in range(2000)]

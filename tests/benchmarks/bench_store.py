@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from machine import describe
@@ -37,28 +38,12 @@ from agentrl.trajectory import (
     as_ids,
 )
 
-WORDS = [
-    "the",
-    "tool",
-    "says",
-    "that",
-    "this",
-    "order",
-    "number",
-    "is",
-    "priced",
-    "at",
-    "about",
-    "seven",
-    "and",
-    "then",
-    "the",
-    "agent",
-    "looks",
-    "it",
-    "up",
-    "again",
-]
+# An array: to choose from a list, numpy makes one of it each time.
+FEW = np.array([
+    "the", "tool", "says", "that", "this", "order", "number", "is", "priced", "at",
+    "about", "seven", "and", "then", "the", "agent", "looks", "it", "up", "again",
+])  # fmt: skip
+words = FEW  # of which texts are made
 
 
 def episode(rng: np.random.Generator, key: EpisodeKey, turns: int, tokens: int) -> Trajectory:
@@ -74,8 +59,8 @@ def episode(rng: np.random.Generator, key: EpisodeKey, turns: int, tokens: int) 
             as_floats(-rng.exponential(1.0, per)), as_floats(rng.exponential(1.0, per)), "exact",
             (VersionRun(3, 0, per),),
         )  # fmt: skip
-        text = " ".join(rng.choice(WORDS, max(1, per // 2)))
-        answer = " ".join(rng.choice(WORDS, max(1, per // 3)))
+        text = " ".join(rng.choice(words, max(1, per // 2)))
+        answer = " ".join(rng.choice(words, max(1, per // 3)))
         use = ToolUse(ToolCall("lookup", {"order_id": "A-17", "field": "price"}), ToolResult(answer, seconds=0.01))
         sampling = Sampling(max_tokens=per, stop_ids=(7,), seed=int(rng.integers(1 << 31)))
         made.append(Turn(tuple(context), (out,), text, text, sampling, "stop", tools=(use,), observation=answer))
@@ -87,12 +72,12 @@ def episode(rng: np.random.Generator, key: EpisodeKey, turns: int, tokens: int) 
     )  # fmt: skip
 
 
-def varied(rng: np.random.Generator, size: int = 30_000) -> list[str]:
+def varied(rng: np.random.Generator, size: int = 30_000) -> Any:
     """Words of a vocabulary of `size`, as often as Zipf's law has them: what full-text search has to take."""
     letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
     known = np.array(["".join(rng.choice(letters, int(rng.integers(3, 9)))) for _ in range(size)])
     share = 1 / np.arange(1, size + 1)
-    return list(known[rng.choice(size, 200_000, p=share / share.sum())])
+    return known[rng.choice(size, 200_000, p=share / share.sum())]
 
 
 def timed(work: Callable[[], object]) -> tuple[float, float]:
@@ -169,6 +154,7 @@ def small_steps(folder: Path, steps: int, members: int = 256, size: int = 16) ->
 
 
 def main() -> None:
+    global words
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=2000, help="long trajectories to write")
     parser.add_argument("--batch", type=int, default=256, help="long trajectories per add()")
@@ -178,7 +164,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=asked.folder) as name:
         folder = Path(name)
         few = long_writes(folder / "few", asked.n, asked.batch)
-        WORDS[:] = varied(np.random.default_rng(9))
+        words = varied(np.random.default_rng(9))
         rows = {
             "long, few words": few,
             "long": long_writes(folder / "long", asked.n, asked.batch),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from agentrl.engines import Generation, Request
-from agentrl.engines.conformance import CHECKS, Exam, Finding, examine
+from agentrl.engines.conformance import CHECKS, Finding, examine
+from agentrl.engines.exam import Exam
 from agentrl.engines.local import LocalEngine
 from agentrl.trajectory import Floats, Ids
 

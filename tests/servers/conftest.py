@@ -19,7 +19,7 @@ import tokenizers
 import torch
 import transformers
 
-from agentrl.engines.conformance import Exam
+from agentrl.engines.exam import Exam
 from agentrl.engines.install import python_of
 from agentrl.engines.launch import Launch, ServerProcess, free_port
 from agentrl.engines.remote import RemoteEngine

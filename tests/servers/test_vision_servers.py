@@ -16,7 +16,8 @@ import torch
 from agentrl.api import train
 from agentrl.content import Image
 from agentrl.engines import Request
-from agentrl.engines.conformance import CHECKS, Exam
+from agentrl.engines.conformance import CHECKS
+from agentrl.engines.exam import Exam
 from agentrl.engines.launch import Launch, ServerProcess, free_port
 from agentrl.engines.remote import RemoteEngine
 from agentrl.engines.sglang import SGLangServer

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from agentrl.engines.conformance import FAR
+from agentrl.engines.exam import FAR
 from agentrl.engines.pieces import DistributedSync, PieceSync, TensorSync
 from agentrl.errors import InfraError, UsageError
 
