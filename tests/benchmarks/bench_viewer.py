@@ -52,6 +52,11 @@ QUERIES: dict[str, dict[str, Any]] = {
     "search, a rare word": {"q": "w29000"},
     "search, a common word": {"q": "w3"},
     "search, two words, by reward": {"q": "w40 w55", "sort": "reward", "desc": 1},
+    "search, in 9 of 10, by reward": {"q": "w0 ", "sort": "reward", "desc": 1},
+    "search, in 9 of 10, a task": {"q": "w0 ", "task": "t17"},
+    "search, in 9 of 10, a late step": {"q": "w0 ", "step": 380},
+    "search, in 9 of 10, a rare outcome": {"q": "w0 ", "outcome": "failed", "desc": 1},
+    "search, in 9 of 10, none of early steps": {"q": "w0 ", "reward_min": 0.85, "step_max": EARLY - 1},
 }
 
 

@@ -91,6 +91,28 @@ def test_every_order_of_every_filter(folder: Path, sort: Sort, few: bool, monkey
                 assert got == known + unknown, (asked, descending)
 
 
+@pytest.mark.parametrize("most", [0, 20_000], ids=["hits are walked", "hits are sorted"])
+@pytest.mark.parametrize("few", [True, False], ids=["filter drives", "search drives"])
+@pytest.mark.parametrize("sort", ["added", "reward", "seconds"])
+def test_a_search_within_every_filter(
+    folder: Path, sort: Sort, few: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with StoreReader(folder) as reader:
+        hits = {text: {e.id for e in reader.query(Filter(text=text), limit=1000).entries} for text in ("price", "nil")}
+        assert 20 < len(hits["price"]) < 120 and not hits["nil"]
+        wanted = {
+            (number, down): all_pages(reader, asked, sort, down)
+            for number, (asked, _) in enumerate(FILTERS)
+            for down in (False, True)
+        }
+        monkeypatch.setattr(query, "MANY", 10_000 if few else 1)
+        monkeypatch.setattr(query, "_FOUND", most)
+        for (number, down), found in wanted.items():
+            for text, ids in hits.items():
+                got = all_pages(reader, replace(FILTERS[number][0], text=text), sort, down)
+                assert got == [e for e in found if e.id in ids], (FILTERS[number][0], text, down)
+
+
 def texts(trajectory: Trajectory) -> str:
     said = [(t.text, *[f"{u.call.arguments['of']} {u.result.text}" for u in t.tools]) for t in trajectory.turns]
     prompt = "".join(pieces(trajectory.turns[0].context[0].ids))
