@@ -208,21 +208,21 @@ def plan_rows(config: Config) -> list[tuple[str, str]]:
                 c.type for c in (*stage.annotators, *stage.shapers, *stage.editors, *stage.transforms, *stage.aux)
             ]
             what += f"; {', '.join(extras)}" if extras else ""
+            if behind := stage.max_staleness:
+                what += f"; rollouts overlap, at most {behind} update{'s' if behind > 1 else ''} behind"
         elif isinstance(stage, SupervisedStage):
             what = f"{stage.steps} steps of {stage.batch} out of {stage.demonstrations} demonstrations"
         else:
             what = f"{stage.steps} steps"
         rows.append((f"stage {index}", f"{stage.type}: {what}; {stage.optimizer.name} at {stage.optimizer.lr:g}"))
     if config.eval is not None:
-        every = (
-            f", {config.eval.tasks_every or config.eval.tasks} every {config.eval.every} steps"
-            if config.eval.every
-            else ""
-        )
+        held_out = len(take(env, config.eval.tasks, seed=config.seed, split=config.eval.split))
+        often = min(config.eval.tasks_every or held_out, held_out)
+        every = f", {often} every {config.eval.every} steps" if config.eval.every else ""
         rows.append(
             (
                 "evaluation",
-                f"{config.eval.tasks} held-out tasks after each stage{every}; {', '.join(config.eval.decode)}",
+                f"{held_out} held-out tasks after each stage{every}; {', '.join(config.eval.decode)}",
             )
         )
     deadlines = config.rollout.deadlines
