@@ -253,20 +253,15 @@ def facts_of(
 ) -> tuple[Any, ...]:
     """The values of FACTS. `tokens` (segment, "" for the head's own; offset; length) and `read` (offset, length)."""
     t = trajectory
-    calls = errors = 0
-    tool_cost = turn_cost = seconds = 0.0
-    for turn in t.turns:
-        turn_cost += turn.cost
-        seconds += turn.seconds
-        errors += turn.error is not None
-        for use in turn.tools:
-            calls += 1
-            errors += not use.result.ok
-            tool_cost += use.result.cost
+    uses = [use.result for turn in t.turns for use in turn.tools]
+    errors = sum([not result.ok for result in uses], sum([turn.error is not None for turn in t.turns]))
+    tool_cost = float(sum([result.cost for result in uses]))
+    turn_cost = float(sum([turn.cost for turn in t.turns]))
+    seconds = float(sum([turn.seconds for turn in t.turns]))
     parent = t.fork.parent if t.fork else None
     return (
         t.id, t.attempt, stage, step, split, t.group_id, t.task_id, t.env, t.source, parent, t.outcome.kind,
-        t.outcome.why, t.reward, t.success, len(t.turns), calls, t.n_sampled, errors, tool_cost, turn_cost, seconds,
+        t.outcome.why, t.reward, t.success, len(t.turns), len(uses), t.n_sampled, errors, tool_cost, turn_cost, seconds,
         *tokens, *read,
     )  # fmt: skip
 

@@ -76,6 +76,7 @@ class Journal:
             self._by_id.setdefault(key.id, []).append(key)
         elif fresh:
             episode.table, episode.context = SpanTable(), ()
+        episode.next = -1  # where this fails, the next turn begins anew
         table = episode.table
         what, read = turn_out(turn, episode.context, table)
         arrays, sizes = table.arrays()

@@ -47,6 +47,8 @@ class Pending:
     def put(self, key: EpisodeKey, number: int, turn: Turn) -> None:
         """Keep a turn. An episode's turns are taken in the order in which they came."""
         with self._changed:
+            if self._closed:
+                raise RuntimeError("this StoreWriter is closed")
             queue = self._queues.get(key.id)
             if queue is None:
                 queue = self._queues[key.id] = _Queue(time.monotonic())

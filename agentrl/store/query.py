@@ -139,6 +139,7 @@ def select(
     if match is None:
         driver = look.driver(many)
     else:
+        many = min(many, _FOUND)
         few = look.driver(many, len(_facts(filter)) > 1 and sum(n for _, n in found) <= many)
         driver, hits = look.searched(match, few)
     rows: list[Row] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -147,7 +147,8 @@ class StoreWriter:
         """
         if self._pending is None:
             with self._lock, self._guard():
-                self._write_ahead([Waiting(key, index, turn)])
+                self._append_turn(key, index, turn)
+                self._journal.flush()
         else:
             self._check()
             self._pending.put(key, index, turn)
@@ -235,9 +236,9 @@ class StoreWriter:
     def flush(self) -> None:
         """Acknowledge credit appended so far, and write the turns that wait."""
         with self._lock, self._guard():
-            self._commit(_Batch(self._segment.end, -1))
             if self._pending is not None:
                 self._write_ahead(self._pending.take(everything=True))
+            self._commit(_Batch(self._segment.end, -1))
 
     def close(self) -> None:
         """Acknowledge everything and let go of the files. Idempotent."""
@@ -247,7 +248,10 @@ class StoreWriter:
             if self._closed:
                 return
             try:
-                if self._failed is None and (self._credit or self._unsynced or self._pending is not None):
+                if self._pending is not None:  # also where the index has failed: the journal does without
+                    with suppress(RunFailed) if self._failed is not None else nullcontext():
+                        self._write_ahead(self._pending.take(everything=True))
+                if self._failed is None and (self._credit or self._unsynced):
                     self.flush()
             finally:
                 self._closed = True
@@ -289,16 +293,22 @@ class StoreWriter:
         """Write the turns that have waited long enough. Nobody hears of a failure here: the next call raises it."""
         assert self._pending is not None
         with self._lock:
+            due = self._pending.take()
             if self._failed is None:
                 try:
-                    self._write_ahead(self._pending.take())
+                    self._write_ahead(due)
                 except Exception as error:
                     self._failed = error
 
     def _write_ahead(self, turns: Sequence[Waiting]) -> None:
-        for key, number, turn in turns:
-            self._journal.append(key, number, turn, self._unknown if self._pieces_of is not None else None)
+        """Write turns that waited; one that holds what no record can hold is passed over, for `add` will refuse it."""
+        for waiting in turns:
+            with suppress(TypeError, ValueError):
+                self._append_turn(*waiting)
         self._journal.flush()
+
+    def _append_turn(self, key: EpisodeKey, index: int, turn: Turn) -> None:
+        self._journal.append(key, index, turn, self._unknown if self._pieces_of is not None else None)
 
     def _roll(self) -> None:
         """Start a new segment where the present one is full."""

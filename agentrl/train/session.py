@@ -123,8 +123,10 @@ class Session:
         """Let go of the engine, the store, the loggers and the environment."""
         if self.chaos is not None:
             self.reporter.note(self.chaos.report())
-        await self.engine.close()
-        self.writer.close()
+        try:
+            await self.engine.close()
+        finally:
+            self.writer.close()
         self.metrics.close()
         await self.env.retire()
 

@@ -100,7 +100,7 @@ class Watch:
 
     def _inflight(self) -> list[Event]:
         stamp, known = self._flights
-        fresh = _journals(self._run)
+        fresh = (_journals(self._run), self._after)  # an episode ends as it is stored, whatever its journal says
         if fresh == stamp or self._run.reader is None:
             return []
         if self._following is None:

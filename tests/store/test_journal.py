@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -210,7 +211,52 @@ def test_a_failure_to_write_ahead_is_raised_by_the_next_call(
             time.sleep(0.005)
     with pytest.raises(RunFailed, match="no space left"):
         store.add([made], step=1, stage="rl")
+    assert store._pending is not None
+    while store._pending._queues:  # what cannot be written does not keep the thread busy
+        time.sleep(0.005)
     store.close()
+
+
+def test_a_turn_that_no_record_can_hold_costs_the_others_nothing(tmp_path: Path, records: ModuleType) -> None:
+    good, bad = records.key(1, "t", 0), records.key(1, "t", 1)
+    made = {where: records.episode(where, turns=3) for where in (good, bad)}
+    odd = [
+        replace(turn, extra={"it": object()}) if number == 1 else turn for number, turn in enumerate(made[bad].turns)
+    ]
+    with StoreWriter(tmp_path, ahead=3600) as store, StoreReader(tmp_path) as reader:
+        for number in range(3):
+            store.turn(bad, number, odd[number])
+            store.turn(good, number, made[good].turns[number])
+        store.flush()
+        found = reader.inflight()
+        assert records.unlike(list(made[good].turns), found[good]) is None
+        assert records.unlike(odd[:1], found[bad]) is None  # as far as it can be held
+        with pytest.raises(TypeError, match="a record cannot hold object values"):
+            store.add([replace(made[bad], turns=tuple(odd))], step=1, stage="rl")
+        store.add([made[good]], step=1, stage="rl")
+        assert reader.ids() == [(good.id, 0)]
+
+
+def test_turns_that_wait_are_written_though_the_index_fails(
+    tmp_path: Path, records: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = records.key(1, "t")
+    made = records.episode(where, turns=2)
+    store = StoreWriter(tmp_path, ahead=3600)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    store.turn(where, 0, made.turns[0])
+    with monkeypatch.context() as broken:
+        broken.setattr("agentrl.store.index.insert", refuse)
+        with pytest.raises(RunFailed, match="cannot use"):
+            store.add([records.episode(records.key(1, "other"))], step=1, stage="rl")
+    store.close()
+    with StoreReader(tmp_path) as reader:
+        assert records.unlike({where: list(made.turns[:1])}, reader.inflight()) is None
+    with pytest.raises(RuntimeError, match="closed"):
+        store.turn(where, 1, made.turns[1])
 
 
 def _keys(path: Path) -> list[EpisodeKey]:

@@ -288,7 +288,6 @@ def test_a_live_run_is_followed(tmp_path: Path, runs: Path) -> None:
         assert events["metrics"] == {"lines": [{"stage": "rl", "step": 1, "reward": 0.5}], "next": 1}
         key = EpisodeKey("rl", 0, "train", made[2].task_id, 99)
         store.turn(key, 0, made[2].turns[0])
-        time.sleep(1.1)
         events = dict(watch.look())
         assert [e["id"] for e in events["inflight"]["episodes"]] == [key.id]
         assert events["inflight"]["episodes"][0]["turns"] == 1
@@ -296,6 +295,11 @@ def test_a_live_run_is_followed(tmp_path: Path, runs: Path) -> None:
             page = ok(client, "/api/inflight", run="r0", id=key.id)
             assert page["live"] and page["turns"][0]["text"] == made[2].turns[0].text
         assert watch.look() == []
+        store.add(
+            [replace(made[2], id=key.id, group_id=key.group_id)], step=0, stage="rl"
+        )  # its journal stays as it was
+        events = dict(watch.look())
+        assert [e["id"] for e in events["entries"]["entries"]] == [key.id] and events["inflight"] == {"episodes": []}
         run.close()
 
 
