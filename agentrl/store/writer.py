@@ -70,7 +70,7 @@ class StoreWriter:
         self._media, self._folder = run_dir / media.FOLDER, run_dir / "seg"
         self._writer, self._full = check_writer(writer), segment_bytes
         self._keep, self._n = tokens, n
-        self._pieces_of, self._seen = pieces, np.zeros(0, dtype=bool)
+        self._pieces_of, self._seen = pieces, np.zeros(1, dtype=bool)
         self._words: dict[int, str] = {}  # the pieces known so far; those of `_seen` are on disk
         self._lock = threading.RLock()
         self._failed: Exception | None = None
@@ -398,11 +398,10 @@ class StoreWriter:
 
     def _unknown(self, ids: Ids) -> list[tuple[int, str]]:
         """The text of those ids that are not stored yet."""
-        self._grow(int(ids.max(initial=0)) + 1)
-        new = ids[~self._seen[ids]]
-        if not new.size:  # nearly always, and `unique` is dear
+        if self._seen.take(ids, mode="clip").all():  # nearly always, and the rest is dear
             return []
-        fresh = np.unique(new).astype(np.int32)
+        self._grow(int(ids.max()) + 1)
+        fresh = np.unique(ids[~self._seen[ids]]).astype(np.int32)
         return list(zip(fresh.tolist(), self._texts_of(fresh), strict=True))
 
     def _texts_of(self, ids: Ids) -> list[str]:
@@ -413,8 +412,9 @@ class StoreWriter:
         return [self._words[token] for token in ids.tolist()]
 
     def _grow(self, size: int) -> None:
-        if size > self._seen.size:
-            self._seen = np.pad(self._seen, (0, size - self._seen.size))
+        """Make room for ids below `size`, and for one that is never seen: ids beyond the end are taken for it."""
+        if size >= self._seen.size:
+            self._seen = np.pad(self._seen, (0, size + 1 - self._seen.size))
 
     def _commit(self, batch: _Batch) -> None:
         """Rows into an open transaction, frames onto the disk, and only then the commit."""

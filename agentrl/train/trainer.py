@@ -38,7 +38,7 @@ from agentrl.train.stages import RLStage, SupervisedStage, TrainingStage
 from agentrl.train.supervised import SupervisedRunner
 from agentrl.train.supply import usable
 
-AHEAD = 1.0  # seconds that a turn may wait for the end of its episode before it is written on its own
+AHEAD = 1.5  # seconds that a turn may wait for the end of its episode before it is written on its own
 Status = Literal["completed", "failed", "cancelled"]
 
 
