@@ -125,6 +125,7 @@ def evaluate(
     tune()
     reporter = reporter or make_reporter()
     try:
+        from agentrl.train.checkpoint import chosen
         from agentrl.train.judge import Judge
 
         judge = Judge(config, reporter, n=n, samples=samples, split=split)
@@ -133,7 +134,7 @@ def evaluate(
         if model is not None:
             config = config.model_copy(update={"model": HFModel(path=str(model))})
             return asyncio.run(Judge(config, reporter, n=n, samples=samples, split=split).policy(None, None, decode))
-        at = checkpoint_of(run, checkpoint)
+        at = chosen(run, checkpoint)
         if at is not None:
             reporter.note(f"the policy of {at}")
         return asyncio.run(judge.policy(run, at, decode))
@@ -157,9 +158,10 @@ def rollout(
     tune()
     reporter = reporter or make_reporter()
     try:
+        from agentrl.train.checkpoint import chosen
         from agentrl.train.judge import Judge
 
-        path, at = Path(out), checkpoint_of(run, checkpoint)
+        path, at = Path(out), chosen(run, checkpoint)
         with RunFolder.create(path, text, config_version=SCHEMA_VERSION, command=sys.argv) as folder:
             if at is not None:
                 reporter.note(f"the policy of {at}")
@@ -182,9 +184,10 @@ def export(source: str | Path, folder: str | Path, *, merge: bool = True, checkp
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not empty; name a new folder")
     tune()
+    from agentrl.train.checkpoint import chosen
     from agentrl.train.judge import restored_policy
 
-    policy = asyncio.run(restored_policy(as_config(run / "config.resolved.yaml"), run, checkpoint_of(run, checkpoint)))
+    policy = asyncio.run(restored_policy(as_config(run / "config.resolved.yaml"), run, chosen(run, checkpoint)))
     policy.save_hf(out, merge=merge)
     return out
 
@@ -193,28 +196,6 @@ def _run_folder(source: object) -> Path | None:
     if isinstance(source, str | Path) and (Path(source) / "run.json").is_file():
         return Path(source)
     return None
-
-
-def checkpoint_of(run: Path | None, name: str | None) -> Path | None:
-    """The checkpoint that `name` means: "best" (the default), "last", or a folder."""
-    if run is None:
-        if name is None:
-            return None
-        return Path(name)
-    folder = run / "checkpoints"
-    if name is None or name == "best":
-        if (folder / "best").is_dir():
-            return folder / "best"
-        if name == "best":
-            raise UsageError(f"{run} has no best checkpoint yet (none was evaluated); use --checkpoint last")
-    if name in (None, "last"):
-        from agentrl.train.checkpoint import latest
-
-        found = latest(folder)
-        if found is None:
-            raise UsageError(f"{run} has no checkpoint yet; train longer, or lower checkpoint.every")
-        return found
-    return Path(name) if Path(name).is_dir() else folder / str(name)
 
 
 def as_config(config: ConfigLike, overrides: Sequence[str] = ()) -> Config:

@@ -18,7 +18,6 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from agentrl import api
 from agentrl.chat import ChatFormat
 from agentrl.config import SCHEMA_VERSION, Config, EvalSection
 from agentrl.console import Message, Reporter, make_reporter
@@ -41,6 +40,7 @@ from agentrl.store.reader import StoreReader
 from agentrl.store.run import LOCK
 from agentrl.store.segments import held
 from agentrl.task import Task
+from agentrl.train.checkpoint import chosen
 from agentrl.train.judge import restored_policy
 from agentrl.train.options import HFModel, ScratchModel
 from agentrl.train.parts import make_chat, pictures_of, policy_actor
@@ -121,7 +121,7 @@ async def forked(
     if speaking.model is not None:
         loaded = loaded.with_section("model", HFModel(path=str(speaking.model)))
     config = loaded.config
-    at = api.checkpoint_of(source.folder, speaking.checkpoint) if _needs_checkpoint(speaking) else None
+    at = chosen(source.folder, speaking.checkpoint) if _needs_checkpoint(speaking) else None
     if speaking.endpoint is None and any(not kept.output for kept in record.turns[:turn]):
         raise UsageError(f"{entry.id} has no token ids (an endpoint spoke, or they were not kept); give --endpoint")
     async with AsyncExitStack() as stack:

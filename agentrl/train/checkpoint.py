@@ -88,6 +88,25 @@ def latest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def chosen(run: Path | None, name: str | None) -> Path | None:
+    """The checkpoint of a run that `name` means: "best" (the default), "last", or a folder; without a run a folder, or
+    none. Raises `UsageError` where the run has none such."""
+    if run is None:
+        return None if name is None else Path(name)
+    folder = run / "checkpoints"
+    if name is None or name == "best":
+        if (folder / "best").is_dir():
+            return folder / "best"
+        if name == "best":
+            raise UsageError(f"{run} has no best checkpoint yet (none was evaluated); use --checkpoint last")
+    if name in (None, "last"):
+        found = latest(folder)
+        if found is None:
+            raise UsageError(f"{run} has no checkpoint yet; train longer, or lower checkpoint.every")
+        return found
+    return Path(name) if Path(name).is_dir() else folder / str(name)
+
+
 def load(path: Path) -> tuple[Progress, dict[str, Any]]:
     """Read a checkpoint. Raises `UsageError` where it is missing, damaged, or of another format."""
     try:
