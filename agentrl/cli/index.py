@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
-from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -48,10 +48,13 @@ def index(
     if collect:
         if not (run / "seg").is_dir():
             raise UsageError(f"{run} holds no segments (seg/*.bin) to collect from; name the folder of a run")
-        with store.Collector(run) as collector, suppress(KeyboardInterrupt):
+        stop = threading.Event()
+        with store.Collector(run) as collector:
+            for name in (signal.SIGINT, signal.SIGTERM):  # a shell's background processes ignore the first unless told
+                signal.signal(name, lambda *_: stop.set())
             console.print("collecting; Ctrl-C ends it", markup=False)
             sys.stdout.flush()
-            collector.follow(threading.Event())
+            collector.follow(stop)
     if rebuild:
         before = _listed(run)
         count = store.rebuild(run)

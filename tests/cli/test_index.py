@@ -55,13 +55,16 @@ def test_a_folder_that_is_no_run_is_bad_input(tmp_path: Path, capsys: pytest.Cap
     assert not list(tmp_path.iterdir()), "what is no run is left as it was"
 
 
-def test_a_collector_works_until_it_is_told_to_stop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_collector_works_until_it_is_told_to_stop(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], end: signal.Signals
+) -> None:
     (tmp_path / "seg").mkdir()
     command = [sys.executable, "-m", "agentrl", "index", str(tmp_path), "--collect"]
     child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None and child.stdout.readline().startswith("collecting")
     assert cli.run(["index", str(tmp_path), "--collect"]) == 2
     assert f"has a collector already, process {child.pid}" in capsys.readouterr().err
-    os.kill(child.pid, signal.SIGINT)
+    os.kill(child.pid, end)
     out, _ = child.communicate(timeout=30)
     assert child.returncode == 0 and "lists 0 trajectories" in out
