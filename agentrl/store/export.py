@@ -117,7 +117,7 @@ def export_trajectories(
         count, damaged = [0], []
 
         def lines() -> Iterator[dict[str, Any]]:
-            for entry in islice(_entries(reader, asked), limit):
+            for entry in islice(reader.entries(asked), limit):
                 try:
                     line = _line(reader, entry)
                 except DamagedFrame as error:
@@ -141,16 +141,6 @@ def export_trajectories(
         if damaged:
             tell(f"{len(damaged)} trajectories were left out, {damaged[0]}")
     return count[0]
-
-
-def _entries(reader: StoreReader, asked: Filter) -> Iterator[Entry]:
-    cursor = None
-    while True:
-        page = reader.query(asked, after=cursor, limit=500)
-        yield from page.entries
-        cursor = page.next
-        if cursor is None:
-            return
 
 
 def _parquet(lines: Iterator[dict[str, Any]], path: Path) -> None:
